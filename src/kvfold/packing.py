@@ -1,0 +1,312 @@
+"""Codes of 0 to 8 bits as columns of 4-, 2- and 1-bit digits in 16-bit lanes, and back, exactly.
+
+A coordinate of `b` bits becomes digits of 4, 2 and 1 bits, most significant first (8 = 4 + 4,
+6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1). A digit's weight `2**shift` belongs to its column, so attention
+folds it into the prepared query (keys) or into the output transform (values) and reads three
+sections of uniform width, whatever the widths of the coordinates:
+
+    code[i] = sum over the columns c of coordinate i of  2**shift[c] * digit[c]
+
+A lane of section `w` (w = 4, 2, 1) holds `16 / w` fields; field f is bits `w*f .. w*f + w - 1`.
+With L the number of lanes along the split axis, field f of lane j is element `f * L + j` of it:
+
+- values (`axis="token"`): lanes `[columns, L]`, fields split the tokens, their contraction axis;
+- keys (`axis="channel"`): lanes `[block_len, L]`, fields split the columns, their contraction
+  axis, where that gives L a multiple of 16 (one matrix product per field); narrower sections are
+  stored as lanes `[L, columns]` whose fields split the tokens.
+
+Heads follow one another within a section; counts of columns may differ between heads.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvfold.layout import Field
+
+#: widths of the sections in the order in which they are stored.
+SECTIONS = (4, 2, 1)
+DIGITS = {
+    0: (),
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (4, 4),
+}
+MAX_BITS = 8
+_LANE_BITS = 16
+_MIN_LANES = 16  # a matrix product contracts over at least 16 elements
+
+
+@dataclass(frozen=True)
+class Column:
+    """One digit column of a head: `digit = (code[coordinate] >> shift) & (2**width - 1)`."""
+
+    width: int
+    coordinate: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class DigitPlan:
+    """Which digit columns the coordinates of each head have, and how they lie in lanes.
+
+    Args:
+        bits: `[heads][coordinates]` code widths, 0 to 8; a 0-bit coordinate is not stored.
+        block_len: tokens of a block, a multiple of 16.
+        axis: the contraction axis that fields split: `"channel"` for keys, `"token"` for values.
+    """
+
+    bits: tuple[tuple[int, ...], ...]
+    block_len: int
+    axis: Literal["channel", "token"]
+
+    def __post_init__(self) -> None:
+        if self.block_len <= 0 or self.block_len % _LANE_BITS:
+            raise ValueError(f"block_len ({self.block_len}) must be a multiple of {_LANE_BITS}")
+        wrong = sorted({b for head in self.bits for b in head} - set(DIGITS))
+        if wrong:
+            raise ValueError(f"code widths {wrong} are not possible; widths are 0 to {MAX_BITS}")
+
+    @classmethod
+    def uniform(
+        cls,
+        bits: int,
+        heads: int,
+        coordinates: int,
+        block_len: int,
+        axis: Literal["channel", "token"],
+    ) -> "DigitPlan":
+        """The plan of a code with the same width everywhere; equal plans are one object."""
+        return _uniform(bits, heads, coordinates, block_len, axis)
+
+    # --- columns ---------------------------------------------------------------------------
+
+    @cached_property
+    def heads(self) -> tuple[dict[int, tuple[Column, ...]], ...]:
+        """Per head and section, the columns in stored order (coarse digits first)."""
+        return tuple(_columns_of(head) for head in self.bits)
+
+    @cached_property
+    def counts(self) -> tuple[tuple[int, int, int], ...]:
+        """Per head, the number of columns in the 4-, 2- and 1-bit section."""
+        return tuple(tuple(len(head[w]) for w in SECTIONS) for head in self.heads)
+
+    @cached_property
+    def padded(self) -> dict[int, int]:
+        """Per section, the largest count of any head: the width of `columns`' slice."""
+        return {w: max(len(head[w]) for head in self.heads) for w in SECTIONS}
+
+    @property
+    def num_columns(self) -> int:
+        """Width of `columns`: the sections' largest counts, summed."""
+        return sum(self.padded.values())
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether column c of every head is just coordinate c with weight 1."""
+        width = self.bits[0][0]
+        return width in SECTIONS and all(b == width for head in self.bits for b in head)
+
+    @cached_property
+    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinate, shift and mask `[heads, num_columns]`; padding has mask 0."""
+        rows = []
+        for head in self.heads:
+            row = []
+            for w in SECTIONS:
+                row += [(c.coordinate, c.shift, 2**w - 1) for c in head[w]]
+                row += [(0, 0, 0)] * (self.padded[w] - len(head[w]))
+            rows.append(row)
+        table = torch.tensor(rows, dtype=torch.int64).reshape(len(self.heads), self.num_columns, 3)
+        return table[..., 0], table[..., 1], table[..., 2]
+
+    def _index_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        cache = self.__dict__.setdefault("_by_device", {})
+        if device not in cache:
+            cache[device] = tuple(t.to(device) for t in self._index)
+        return cache[device]
+
+    # --- lanes -----------------------------------------------------------------------------
+
+    def splits_columns(self, width: int, count: int) -> bool:
+        """Whether a lane's fields of this section split columns (else tokens)."""
+        lanes, rest = divmod(count, _LANE_BITS // width)
+        return self.axis == "channel" and rest == 0 and lanes > 0 and lanes % _MIN_LANES == 0
+
+    def fields(self, prefix: str = "digits") -> list[Field]:
+        """The stored sections, empty ones left out; each one flat, head after head."""
+        stored = []
+        for w in SECTIONS:
+            lanes = sum(len(head[w]) for head in self.heads) * self.block_len * w // _LANE_BITS
+            if lanes:
+                stored.append(Field(f"{prefix}{w}", (lanes,), torch.int16))
+        return stored
+
+    def pack(self, codes: Tensor, prefix: str = "digits") -> dict[str, Tensor]:
+        """Codes `[blocks, heads, block_len, coordinates]` (integers) to the stored sections."""
+        columns = self.to_columns(codes)
+        stored, start = {}, 0
+        for w in SECTIONS:
+            part = columns[..., start : start + self.padded[w]]
+            start += self.padded[w]
+            flat = [
+                self._pack_lanes(part[:, heads, :, :count], w).flatten(1)
+                for heads, count in self._runs(w)
+                if count
+            ]
+            if flat:
+                stored[f"{prefix}{w}"] = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+        return stored
+
+    def unpack(self, stored: Mapping[str, Tensor], prefix: str = "digits") -> Tensor:
+        """The stored sections to codes `[blocks, heads, block_len, coordinates]` (int16)."""
+        return self.from_columns(self.columns(stored, prefix))
+
+    def columns(self, stored: Mapping[str, Tensor], prefix: str = "digits") -> Tensor:
+        """The stored sections to digits `[blocks, heads, block_len, num_columns]` (int16).
+
+        Sections follow one another, each padded with zero columns to the largest head's count.
+        For values the result is a transposed view: its tokens are contiguous.
+        """
+        parts = []
+        for w in SECTIONS:
+            if self.padded[w]:
+                parts.append(self._unpack_section(stored[f"{prefix}{w}"], w))
+        if not parts:  # every coordinate has 0 bits
+            other = next(iter(stored.values()))
+            shape = (other.shape[0], len(self.bits), self.block_len, 0)
+            return other.new_zeros(shape, dtype=torch.int16)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def to_columns(self, codes: Tensor) -> Tensor:
+        """Codes to digits `[blocks, heads, block_len, num_columns]` (int16)."""
+        codes = codes.to(torch.int16)
+        if self.plain:
+            return codes
+        coordinate, shift, mask = self._index_on(codes.device)
+        index = coordinate[None, :, None].expand(*codes.shape[:3], -1)
+        shift, mask = shift[:, None].to(torch.int16), mask[:, None].to(torch.int16)
+        return (codes.gather(-1, index) >> shift) & mask
+
+    def from_columns(self, columns: Tensor) -> Tensor:
+        """Digits to codes, the inverse of `to_columns` (any integer or float dtype)."""
+        if self.plain:
+            return columns
+        return self.gathered(columns)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Fold the digits' weights into `x` `[blocks, heads, ..., coordinates]`, a prepared query.
+
+        Returns `[blocks, heads, ..., num_columns]`, so that `spread(x) . columns == x . codes`.
+        """
+        if self.plain:
+            return x
+        index, weight = self._index_like(x)
+        return x.gather(-1, index) * weight
+
+    def gathered(self, sums: Tensor) -> Tensor:
+        """Sums over columns `[rows, heads, ..., num_columns]` to sums over codes, spread's transpose.
+
+        `gathered(p @ columns) == p @ codes`.
+        """
+        if self.plain:
+            return sums
+        index, weight = self._index_like(sums)
+        out = sums.new_zeros(*sums.shape[:-1], len(self.bits[0]))
+        return out.scatter_add_(-1, index, sums * weight)
+
+    def _index_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates and weights of the columns, shaped for `x` `[blocks, heads, ..., any]`."""
+        coordinate, shift, mask = self._index_on(x.device)
+        shape = (1, len(self.bits), *(1,) * (x.ndim - 3), -1)
+        weight = torch.where(mask > 0, 2**shift, 0).to(x.dtype)
+        return coordinate.view(shape).expand(*x.shape[:-1], -1), weight.view(shape)
+
+    # --- one section -----------------------------------------------------------------------
+
+    def _runs(self, width: int) -> Sequence[tuple[slice, int]]:
+        """Runs of neighbouring heads with the same count of columns, worked on together."""
+        runs: list[tuple[slice, int]] = []
+        for h, head in enumerate(self.heads):
+            count = len(head[width])
+            if runs and runs[-1][1] == count:
+                runs[-1] = (slice(runs[-1][0].start, h + 1), count)
+            else:
+                runs.append((slice(h, h + 1), count))
+        return runs
+
+    def _pack_lanes(self, digits: Tensor, width: int) -> Tensor:
+        """Digits `[blocks, heads, block_len, count]` to lanes of the stored order."""
+        fields = _LANE_BITS // width
+        if self.axis == "token":  # lanes [count, block_len / fields]
+            split = digits.transpose(-1, -2).unflatten(-1, (fields, -1))
+        elif self.splits_columns(width, digits.shape[-1]):  # lanes [block_len, count / fields]
+            split = digits.unflatten(-1, (fields, -1))
+        else:  # lanes [block_len / fields, count]
+            split = digits.unflatten(-2, (fields, -1)).movedim(-3, -2)
+        lanes = split[..., 0, :].clone()
+        for f in range(1, fields):
+            lanes |= split[..., f, :] << (width * f)
+        return lanes
+
+    def _unpack_section(self, stored: Tensor, width: int) -> Tensor:
+        parts, start = [], 0
+        for heads, count in self._runs(width):
+            n = (heads.stop - heads.start) * count * self.block_len * width // _LANE_BITS
+            lanes = stored[:, start : start + n].unflatten(1, (heads.stop - heads.start, -1))
+            start += n
+            part = self._unpack_lanes(lanes, width, count)
+            if count < self.padded[width]:
+                part = torch.nn.functional.pad(part, (0, self.padded[width] - count))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _unpack_lanes(self, lanes: Tensor, width: int, count: int) -> Tensor:
+        """Lanes `[blocks, heads, n]` to digits `[blocks, heads, block_len, count]`."""
+        fields = _LANE_BITS // width
+        if count == 0:
+            return lanes.new_zeros(*lanes.shape[:2], self.block_len, 0)
+        shifts = torch.arange(0, _LANE_BITS, width, dtype=torch.int16, device=lanes.device)
+        if self.axis == "token":
+            split = lanes.unflatten(-1, (count, 1, -1))
+        elif self.splits_columns(width, count):
+            split = lanes.unflatten(-1, (self.block_len, 1, -1))
+        else:
+            split = lanes.unflatten(-1, (-1, 1, count))
+        # the mask also cuts off the sign that an arithmetic shift drags in
+        split = (split >> shifts[:, None]) & (2**width - 1)  # [..., fields, L or count]
+        if self.axis == "token":
+            return split.flatten(-2).transpose(-1, -2)
+        if self.splits_columns(width, count):
+            return split.flatten(-2)
+        return split.movedim(-2, -3).flatten(-3, -2)
+
+
+def _columns_of(bits: Sequence[int]) -> dict[int, tuple[Column, ...]]:
+    """The columns of one head by section, coarse digits before fine ones."""
+    found: dict[int, list[tuple[int, Column]]] = {w: [] for w in SECTIONS}
+    for coordinate, b in enumerate(bits):
+        shift = b
+        for rank, width in enumerate(DIGITS[b]):
+            shift -= width
+            found[width].append((rank, Column(width, coordinate, shift)))
+    return {
+        w: tuple(c for _, c in sorted(ranked, key=lambda rc: (rc[0], rc[1].coordinate)))
+        for w, ranked in found.items()
+    }
+
+
+@lru_cache(maxsize=256)
+def _uniform(
+    bits: int, heads: int, coordinates: int, block_len: int, axis: Literal["channel", "token"]
+) -> DigitPlan:
+    return DigitPlan(((bits,) * coordinates,) * heads, block_len, axis)

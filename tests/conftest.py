@@ -1,0 +1,27 @@
+"""What all tests share: no network, and GPU tests that are skipped in the open."""
+
+import os
+
+# set before anything imports huggingface_hub: a test that reaches for the network is a mistake
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+NO_GPU = "no CUDA device"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # read from the reports, since under xdist the tests were collected in other processes
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("gpu" in report.keywords and NO_GPU in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"gpu tests: {count} skipped, {NO_GPU}", yellow=True)
