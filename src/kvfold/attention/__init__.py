@@ -1,0 +1,1 @@
+"""Attention on codes: the oracle, the page walk, the streaming evaluation."""

@@ -1,0 +1,151 @@
+"""Attention of new queries over a packed layer: pages are walked with an online softmax.
+
+Portable torch in float32. The history is never decoded at once: extra memory is one group of
+pages, and codes that attention can read (see `kvfold.codec`) are not decoded at all.
+"""
+
+import torch
+from torch import Tensor
+
+from kvfold.cache.store import Pages, View
+from kvfold.codec import BoundCodec, Query, Reading, Total
+
+#: elements of scores that one group may have; long prefills over packed history read fewer pages.
+SCORE_ELEMENTS = 1 << 22
+
+
+def score(query: Query, reading: Reading) -> Tensor:
+    """Scores `[pages, heads, queries, block_len]` of prepared queries against a reading of keys."""
+    n, heads, block_len, width = reading.columns.shape
+    segments, queries = query.columns.shape[2:4]
+    columns = reading.columns.unflatten(2, (segments, block_len // segments)).mT
+    groups = 1 if reading.gain is None else reading.gain.shape[-1]
+    # [n, H, segments, queries, tokens], a slice of columns for each group
+    total = None
+    for g in range(groups):
+        part = slice(g * width // groups, (g + 1) * width // groups)
+        s = query.columns[..., part] @ columns[..., part, :]
+        if query.gain is not None:
+            s = s + query.gain[..., g : g + 1]
+        if reading.gain is not None:
+            gain = reading.gain[..., g].unflatten(-1, (segments, -1))
+            s = s * gain.unsqueeze(-2)
+        total = s if total is None else total + s
+    out = total.transpose(2, 3).flatten(-2)
+    if query.offset is not None and reading.offset is not None:
+        out = out + query.offset @ reading.offset.mT
+    return out if query.mean is None else out + query.mean
+
+
+def accumulate(p: Tensor, reading: Reading) -> Total:
+    """Weighted sums over tokens of a reading of values; p `[pages, heads, queries, block_len]`."""
+    one = p.sum(-1, keepdim=True)
+    if reading.gain is None:
+        columns, gain = p @ reading.columns, one
+    else:
+        groups = reading.gain.shape[-1]
+        weighted = p.unsqueeze(-2) * reading.gain.mT.unsqueeze(2)  # [n, H, queries, groups, B]
+        gain = weighted.sum(-1)
+        columns = torch.cat(
+            [
+                weighted[..., g, :] @ part
+                for g, part in enumerate(reading.columns.chunk(groups, -1))
+            ],
+            -1,
+        )
+    offset = torch.zeros_like(gain) if reading.offset is None else p @ reading.offset
+    return Total(columns, gain, offset, one)
+
+
+@torch.no_grad()
+def attend(
+    q: Tensor,
+    view: View,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention output `[rows, query_heads, queries, value_dim]` in float32, without gradients.
+
+    Args:
+        q: post-RoPE queries `[rows, query_heads, queries, key_dim]`.
+        view: what the queries may see; they attend causally by token index.
+        scaling: factor on the scores.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        sink_logits: `[query_heads]` logits that take part in the softmax and carry no value
+            (GPT-OSS).
+    """
+    store = view.store
+    rows, query_heads, queries, _ = q.shape
+    heads = store.key.site.num_kv_heads
+    group = query_heads // heads
+    # [rows, heads, group * queries, dim]: a group's query heads share their key/value head
+    q = q.float().reshape(rows, heads, group * queries, -1) * scaling
+
+    def cap(s: Tensor) -> Tensor:
+        return s if softcap is None else softcap * torch.tanh(s / softcap)
+
+    seen = (view.tokens[:, None, :] >= 0) & (
+        view.tokens[:, None, :] <= view.query_tokens[:, :, None]
+    )
+    seen = seen.repeat(1, group, 1)[:, None]  # [rows, 1, group * queries, exact]
+    s = cap(q @ view.keys.float().mT).masked_fill(~seen, -torch.inf)
+    top = s.amax(-1, keepdim=True)
+    if sink_logits is not None:
+        logits = sink_logits.float().reshape(heads, group, 1).expand(-1, -1, queries)
+        logits = logits.reshape(1, heads, group * queries, 1)
+        top = torch.maximum(top, logits)
+    # a padding query sees nothing: its top stays finite so that it gives zeros, not NaN
+    top = top.clamp_min(torch.finfo(torch.float32).min)
+    p = (s - top).exp()
+    norm = p.sum(-1, keepdim=True)
+    if sink_logits is not None:
+        norm = norm + (logits - top).exp()
+    out = p @ view.values.float()
+
+    most = max(view.folded, default=0)
+    if most:
+        step = max(1, min(store.group_blocks(rows), SCORE_ELEMENTS // (s[..., 0].numel() * store.timeline.block)))
+        total: Total | None = None
+        is_query = (view.query_tokens >= 0).repeat(1, group)[:, None, :, None]
+        shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
+        for low in range(0, most, step):
+            pages = store.pages(view, low, min(low + step, most))
+            s = cap(_page_scores(q, shared, store.key, pages))  # [rows, blocks, heads, M, B]
+            s = s.masked_fill(~pages.valid[:, :, None, None, None], -torch.inf)
+            s = s.masked_fill(~is_query[:, None], -torch.inf)
+            higher = torch.maximum(top, s.amax((1, 4)).unsqueeze(-1))
+            p = (s - higher[:, None]).exp()
+            sums = accumulate(p.flatten(0, 1), store.value.read(pages.values, pages.positions))
+            sums = _map(sums, lambda t: t.unflatten(0, (rows, -1)).sum(1))
+            shrink = (top - higher).exp()
+            if total is not None:
+                sums = Total(
+                    sums.columns + total.columns * shrink,
+                    sums.gain + total.gain * shrink,
+                    sums.offset + total.offset * shrink,
+                    sums.one + total.one * shrink,
+                )
+            total, out, norm, top = sums, out * shrink, norm * shrink, higher
+        assert total is not None
+        out = out + store.value.output(total)
+        norm = norm + total.one
+    out = out / torch.where(norm > 0, norm, 1.0)
+    return out.reshape(rows, query_heads, queries, -1)
+
+
+def _page_scores(q: Tensor, shared: Query | None, key: BoundCodec, pages: Pages) -> Tensor:
+    """Scores `[rows, blocks, heads, queries, block_len]` of a group of pages."""
+    rows, blocks = pages.valid.shape
+    if shared is None:
+        query = key.query(q.repeat_interleave(blocks, 0), pages.keys, pages.positions)
+    else:
+        query = _map(shared, lambda t: t.repeat_interleave(blocks, 0))
+    return score(query, key.read(pages.keys, pages.positions)).unflatten(0, (rows, blocks))
+
+
+def _map(record, function):  # noqa: ANN001, ANN202
+    return type(record)(
+        *(None if t is None else function(t) for t in vars(record).values())
+    )

@@ -1,0 +1,1 @@
+"""The packed cache: torch only, no model library."""

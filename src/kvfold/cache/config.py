@@ -1,0 +1,87 @@
+"""`CacheConfig`: everything that a user chooses about a cache."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvfold.codec import CodecError, Preset, get
+
+if TYPE_CHECKING:
+    from kvfold.calibration.artefact import Artefact
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a cache keeps exact and how it codes the rest.
+
+    Args:
+        preset: the code of keys and values (`kvfold.presets()`).
+        keys: preset whose key codec is taken instead, for separate K and V.
+        values: preset whose value codec is taken instead.
+        overrides: layer index to preset; `"identity"` keeps a layer exact.
+        sinks: first tokens of each sequence, kept exact (StreamingLLM, arXiv:2309.17453).
+        window: most recent tokens, kept exact; between `window` and `window + block - 1` are.
+        block: tokens that are coded together when they leave the window; one page.
+        max_tokens: longest sequence a row may reach, None for the model's own limit.
+        slab_blocks: blocks of each row by which the page pool grows.
+        strict: raise where a slow or decoding path would be taken; else one warning names it.
+        artefact: calibration for codecs that use one.
+    """
+
+    preset: str | Preset = "turboquant4"
+    keys: str | Preset | None = None
+    values: str | Preset | None = None
+    overrides: Mapping[int, str | Preset] = field(default_factory=dict)
+    sinks: int = 4
+    window: int = 64
+    block: int = 128
+    max_tokens: int | None = None
+    slab_blocks: int = 8
+    strict: bool = False
+    artefact: "Artefact | None" = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("window", 1), ("block", 16), ("slab_blocks", 1)):
+            if getattr(self, name) < least:
+                raise CodecError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        if self.block % 16:
+            raise CodecError(f"block ({self.block}) must be a multiple of 16; 128 is the default")
+        for layer in (None, *self.overrides):
+            preset = self.preset_of(layer)
+            for side, codec in (("keys", preset.keys), ("values", preset.values)):
+                if codec.group_len > self.window:
+                    raise CodecError(
+                        f"window ({self.window}) is shorter than the groups of "
+                        f"{codec.group_len} tokens that {preset.name!r} shares parameters over for "
+                        f"its {side}; the window must be at least {codec.group_len}"
+                    )
+
+    def check_artefact(self, model_hash: Callable[[], str]) -> None:
+        """Raise unless calibrated presets have an artefact, and it is the model's.
+
+        Raises:
+            CodecError: a preset needs an artefact and none is given.
+            CalibrationError: the artefact was made for another model or codec.
+        """
+        for preset in (self.preset_of(layer) for layer in (None, *self.overrides)):
+            wants = (preset.keys.artefact, preset.values.artefact)
+            if self.artefact is None:
+                if "required" in wants:
+                    raise CodecError(
+                        f"preset {preset.name!r} needs a calibration artefact and none was given; "
+                        f"make one with: kvfold calibrate --model M --preset {preset.name} "
+                        "--text FILE --out F"
+                    )
+            elif wants != ("none", "none"):
+                self.artefact.check(model_hash(), preset.keys, preset.values)
+
+    def preset_of(self, layer: int | None) -> Preset:
+        """The preset of a layer, K and V choices and overrides applied (None: the default)."""
+        if layer in self.overrides:
+            return get(self.overrides[layer])
+        base = get(self.preset)
+        if self.keys is None and self.values is None:
+            return base
+        keys = base if self.keys is None else get(self.keys)
+        values = base if self.values is None else get(self.values)
+        return Preset(f"{keys.name}+{values.name}", keys.keys, values.values)

@@ -1,0 +1,338 @@
+"""One layer's keys and values: sinks and hot window exact, the rest packed in pages.
+
+Appending costs the same at any length: a token goes into the ring of `window + block` slots (token
+k in slot `(k - sinks) % size`), and when a block leaves the window it is coded once into a page.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvfold.cache.pool import Pool
+from kvfold.cache.timeline import Step, Timeline
+from kvfold.codec import BoundCodec, CodecError, check_states, page_layout
+
+#: elements of keys that one group of pages may decode to: the most extra memory of a walk.
+GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23, "mps": 1 << 21}
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A group of pages on their way to attention; `n = rows * blocks` pages, row after row."""
+
+    keys: dict[str, Tensor]  #: fields [n, ...]
+    values: dict[str, Tensor]
+    positions: Tensor  #: [n, block] RoPE positions
+    valid: Tensor  #: [rows, blocks] bool; False where a row has fewer pages
+
+
+@dataclass(frozen=True)
+class View:
+    """What the queries of one step see of a layer: exact states, then pages.
+
+    Args:
+        keys: exact keys `[rows, heads, exact, key_dim]`: sinks, window, and this step's tokens.
+        values: exact values, likewise.
+        tokens: `[rows, exact]` token index of each, -1 where a slot is empty.
+        query_tokens: `[rows, queries]` token index of each query, -1 for padding.
+        folded: pages of each row that the queries read.
+        store: the layer.
+        step: the step.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor
+    query_tokens: Tensor
+    folded: tuple[int, ...]
+    store: "LayerStore"
+    step: Step
+
+
+class LayerStore:
+    """The packed cache of one layer, for all rows of a batch."""
+
+    def __init__(self, key: BoundCodec, value: BoundCodec, timeline: Timeline) -> None:
+        self.key, self.value, self.timeline = key, value, timeline
+        self.layout = page_layout(key, value)
+        self.ring_len = timeline.window + timeline.block
+        self.pool: Pool | None = None
+        self.sink_keys = self.sink_values = self.ring_keys = self.ring_values = None
+
+    # --- writing ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def append(self, keys: Tensor, values: Tensor, step: Step) -> View | None:
+        """Add the step's tokens, `[rows, heads, queries, dim]`, and fold what leaves the window.
+
+        Gives what the step's queries are to attend to. One token a row reads what was just folded;
+        a longer pass sees its own tokens and what was hot before it exactly; the first pass of a
+        batch sees nothing but its own states (None).
+        """
+        self._check(keys, values, step)
+        if self.ring_keys is None:
+            self._allocate(keys, values, step)
+        assert self.pool is not None
+        self.pool.reserve(step.num_pages)
+        if step.reads_folded_now:
+            self._write_exact(keys, values, step, (0,) * step.rows)
+            self._fold(None, None, step)
+            return None if step.is_first else self._view(step, step.folded, (), step.length)
+        view = None
+        if not step.is_first:
+            view = self._view(step, step.folded_before, (keys, values), step.start)
+        self._fold(keys, values, step)
+        self._write_exact(keys, values, step, step.folded)
+        return view
+
+    def _check(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        for states, bound in ((keys, self.key), (values, self.value)):
+            site = bound.site
+            wanted = (step.rows, site.num_kv_heads, step.queries, site.head_dim)
+            if tuple(states.shape) != wanted:
+                raise CodecError(
+                    f"layer {site.layer}: {site.side}_states have shape {tuple(states.shape)}; "
+                    f"[rows, kv_heads, tokens, head_dim] = {wanted} is expected"
+                )
+
+    def _allocate(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        def empty(like: Tensor, tokens: int) -> Tensor:
+            return like.new_zeros(step.rows, like.shape[1], tokens, like.shape[3])
+
+        self.sink_keys = empty(keys, self.timeline.sinks)
+        self.sink_values = empty(values, self.timeline.sinks)
+        self.ring_keys, self.ring_values = empty(keys, self.ring_len), empty(values, self.ring_len)
+        self.pool = Pool(self.layout.nbytes, step.slab_pages, keys.device)
+
+    def _write_exact(
+        self, keys: Tensor, values: Tensor, step: Step, folded: Sequence[int]
+    ) -> None:
+        """Put the step's tokens that stay exact into the sinks and the ring."""
+        sinks, block = self.timeline.sinks, self.timeline.block
+        if step.reads_folded_now and step.source is None and len(set(step.start)) == 1:
+            k = step.start[0]  # decoding with rows of one length: one slot for all
+            targets = (
+                (self.sink_keys, self.sink_values, k)
+                if k < sinks
+                else (self.ring_keys, self.ring_values, (k - sinks) % self.ring_len)
+            )
+            targets[0][:, :, targets[2]] = keys[:, :, 0]
+            targets[1][:, :, targets[2]] = values[:, :, 0]
+            return
+        for r in range(step.rows):
+            first_hot = sinks + block * folded[r]
+            tokens = range(step.start[r], step.start[r] + step.count[r])
+            for wanted, to_keys, to_values, size in (
+                (range(0, sinks), self.sink_keys, self.sink_values, max(sinks, 1)),
+                (range(first_hot, tokens.stop), self.ring_keys, self.ring_values, self.ring_len),
+            ):
+                low, high = max(wanted.start, tokens.start), min(wanted.stop, tokens.stop)
+                if low >= high:
+                    continue
+                at = torch.arange(low, high)
+                slots = self._slots(step, r, at - step.start[r]).to(keys.device)
+                base = 0 if to_keys is self.sink_keys else sinks
+                to = ((at - base) % size).to(keys.device)
+                to_keys[r, :, to] = keys[r, :, slots]
+                to_values[r, :, to] = values[r, :, slots]
+
+    def _slots(self, step: Step, row: int, nth: Tensor) -> Tensor:
+        """Slots within the pass of a row's nth new tokens."""
+        return nth if step.source is None else step.source[row, nth]
+
+    def _fold(self, keys: Tensor | None, values: Tensor | None, step: Step) -> None:
+        """Code the step's due blocks into pages, a bounded number at a time."""
+        group = self.group_blocks(1)
+        for i in range(0, len(step.pages), group):
+            due = step.pages[i : i + group]
+            positions = torch.stack(
+                [self._positions(step.first[r], torch.tensor([m]))[0] for r, m, _ in due]
+            )
+            device = self.ring_keys.device
+            fields = []
+            for bound, fresh, ring in (
+                (self.key, keys, self.ring_keys),
+                (self.value, values, self.ring_values),
+            ):
+                x = torch.stack([self._block(fresh, ring, step, r, m) for r, m, _ in due])
+                check_states(x, f"layer {bound.site.layer}: {bound.site.side}_states")
+                encoded = bound.encode(x, positions.to(device))
+                fields.append(bound.layout.join(encoded))
+            self.pool.write([n for _, _, n in due], torch.cat(fields, 1))
+
+    def _block(
+        self, fresh: Tensor | None, ring: Tensor, step: Step, row: int, block: int
+    ) -> Tensor:
+        """`[heads, block, dim]`: a block's tokens, from the ring and from this pass."""
+        k = torch.arange(self.timeline.block) + self.timeline.sinks + block * self.timeline.block
+        if fresh is None:
+            return ring[row][:, ((k - self.timeline.sinks) % self.ring_len).to(ring.device)]
+        old = k[k < step.start[row]]
+        new = k[k >= step.start[row]] - step.start[row]
+        parts = []
+        if len(old):
+            parts.append(ring[row][:, ((old - self.timeline.sinks) % self.ring_len).to(ring.device)])
+        if len(new):
+            parts.append(fresh[row][:, self._slots(step, row, new).to(ring.device)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def _view(
+        self,
+        step: Step,
+        folded: tuple[int, ...],
+        fresh: tuple[Tensor, ...],
+        length: tuple[int, ...],
+    ) -> View:
+        """The exact states of rows of these lengths and page counts, then the fresh ones."""
+        device = self.ring_keys.device
+        sinks, block, size = self.timeline.sinks, self.timeline.block, self.ring_len
+        lengths = torch.tensor(length, device=device)[:, None]
+        sink = torch.arange(sinks, device=device).expand(step.rows, -1)
+        sink = torch.where(sink < lengths, sink, -1)
+        # token in ring slot i: the latest k < length with (k - sinks) % size == i, if still hot
+        slot = torch.arange(size, device=device)
+        newest = lengths - 1 - sinks
+        k = newest - (newest - slot) % size + sinks
+        hot_from = torch.tensor(folded, device=device)[:, None] * block + sinks
+        hot = torch.where((k >= hot_from) & (newest >= 0), k, -1)
+        keys, values, tokens = [self.sink_keys], [self.sink_values], [sink]
+        keys.append(self.ring_keys)
+        values.append(self.ring_values)
+        tokens.append(hot)
+        if fresh:
+            keys.append(fresh[0])
+            values.append(fresh[1])
+            tokens.append(self.query_tokens(step, device))
+        # concatenation copies: the ring may be overwritten while the view is read
+        return View(
+            torch.cat(keys, 2),
+            torch.cat(values, 2),
+            torch.cat(tokens, 1),
+            self.query_tokens(step, device),
+            folded,
+            self,
+            step,
+        )
+
+    def view_now(self) -> View:
+        """All that the layer holds, for no query."""
+        step = self.timeline.now()
+        return self._view(step, step.folded, (), step.start)
+
+    @staticmethod
+    def query_tokens(step: Step, device: torch.device) -> Tensor:
+        """`[rows, queries]` token index of each slot of the pass, -1 for padding."""
+        start = torch.tensor(step.start)[:, None]
+        if step.source is None:
+            return (start + torch.arange(step.queries)).to(device)
+        out = torch.full((step.rows, step.queries), -1)
+        for r in range(step.rows):
+            out[r, step.source[r, : step.count[r]]] = torch.arange(step.count[r]) + step.start[r]
+        return out.to(device)
+
+    def group_blocks(self, rows: int) -> int:
+        """Blocks of `rows` rows that are read together."""
+        page = self.key.site.num_kv_heads * self.key.site.block_len * self.key.site.head_dim
+        limit = GROUP_ELEMENTS.get(self.ring_keys.device.type, 1 << 21)
+        return max(1, limit // (page * rows))
+
+    def pages(self, view: View, low: int, high: int) -> Pages:
+        """Blocks `low` to `high - 1` of every row of a view, unpacked to fields."""
+        rows, device = view.step.rows, self.ring_keys.device
+        has = torch.tensor([[m < f for m in range(low, high)] for f in view.folded])
+        numbers = [
+            view.step.table[r][m] if m < view.folded[r] else view.step.table[_fullest(view)][0]
+            for r in range(rows)
+            for m in range(low, high)
+        ]
+        keys, values = self.layout.split(self.pool.gather(numbers))
+        blocks = torch.arange(low, high)
+        positions = torch.cat([self._positions(first, blocks) for first in view.step.first])
+        return Pages(keys, values, positions.to(device), has.to(device))
+
+    def _positions(self, first: int, blocks: Tensor) -> Tensor:
+        """`[blocks, block]` RoPE positions of a row whose token 0 stands at `first`."""
+        start = first + self.timeline.sinks + blocks * self.timeline.block
+        return start[:, None] + torch.arange(self.timeline.block)
+
+    def decoded(self, view: View, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """All keys and values `[rows, heads, slots, dim]` of a view, by default in the model's dtype.
+
+        For other attention implementations and for the oracle: this is the whole history at once.
+        Padding slots are zeros.
+        """
+        step = view.step
+        slots = step.slots + step.queries
+        out = tuple(
+            x.new_zeros(*x.shape[:2], slots, x.shape[3], dtype=dtype)
+            for x in (view.keys, view.values)
+        )
+        for r in range(step.rows):
+            place = self.slots_of(step, r).to(view.keys.device)
+            exact = (view.tokens[r] >= 0).nonzero()[:, 0]
+            to = place[view.tokens[r][exact]]
+            out[0][r][:, to] = view.keys[r][:, exact].to(out[0].dtype)
+            out[1][r][:, to] = view.values[r][:, exact].to(out[1].dtype)
+            for m in range(view.folded[r]):
+                page = self.pool.gather([step.table[r][m]])
+                at = self._positions(step.first[r], torch.tensor([m]))
+                to = place[(at[0] - step.first[r]).to(place.device)]
+                for x, bound, fields in zip(
+                    out, (self.key, self.value), self.layout.split(page), strict=True
+                ):
+                    x[r][:, to] = bound.decode(fields, at.to(x.device))[0].to(x.dtype)
+        return out
+
+    def slots_of(self, step: Step, row: int) -> Tensor:
+        """Slot of each token of a row after a step that may not be committed yet."""
+        before = self.timeline.slots_of(row)[: step.start[row]] if self.timeline.rows else None
+        new = self._slots(step, row, torch.arange(step.count[row])) + step.slots
+        return new if before is None else torch.cat((before, new))
+
+    # --- operations on rows ----------------------------------------------------------------
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        for name in ("sink_keys", "sink_values", "ring_keys", "ring_values"):
+            state = getattr(self, name)
+            if state is not None:
+                setattr(self, name, state.index_select(0, rows.to(state.device)))
+
+    def reopen(self, row: int, block: int, number: int) -> None:
+        """Decode one page back into the ring, where a crop has cut it."""
+        page = self.pool.gather([number])
+        at = self._positions(self.timeline.first[row], torch.tensor([block]))
+        device = self.ring_keys.device
+        to = (
+            (torch.arange(self.timeline.block) + block * self.timeline.block) % self.ring_len
+        ).to(device)
+        for ring, bound, fields in zip(
+            (self.ring_keys, self.ring_values),
+            (self.key, self.value),
+            self.layout.split(page),
+            strict=True,
+        ):
+            ring[row, :, to] = bound.decode(fields, at.to(device))[0].to(ring.dtype)
+
+    def nbytes(self, used_pages: int) -> dict[str, int]:
+        """Allocated bytes: pages in use, unused pool space, hot window, sinks (tables not)."""
+        held = 0 if self.pool is None else sum(slab.nbytes for slab in self.pool.slabs)
+        used = used_pages * self.layout.nbytes if self.pool is not None else 0
+
+        def of(*tensors: Tensor | None) -> int:
+            return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+        return {
+            "pages": used,
+            "pool_unused": held - used,
+            "window": of(self.ring_keys, self.ring_values),
+            "sinks": of(self.sink_keys, self.sink_values),
+        }
+
+
+def _fullest(view: View) -> int:
+    return max(range(len(view.folded)), key=view.folded.__getitem__)

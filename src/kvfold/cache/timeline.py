@@ -1,0 +1,329 @@
+"""Which tokens of each row are sinks, hot and cold, and which page holds them: host integers only.
+
+Words: a *slot* is a place of the model's padded sequence axis; a *token* k is the k-th real token
+of its row (padding is not stored); its *position* is what RoPE sees, `first[row] + k`.
+With S sinks, window W and block B, a row of n tokens keeps tokens `< S` and the last ones exact and
+has folded the others in pages of B tokens, page m holding tokens `S + B m .. S + B (m + 1) - 1`:
+
+    folded(n) = max(0, (n - W - S) // B)      hot: tokens S + B * folded .. n - 1
+
+All layers share one timeline: their pages have the same numbers in pools of their own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class CacheError(ValueError):
+    """A cache cannot take what it was given: says what was given and what it expects."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass adds, the same for every layer.
+
+    Args:
+        queries: slots of this pass, padding included.
+        slots: slots before it.
+        start: tokens of each row before it.
+        count: new tokens of each row.
+        folded_before: pages of each row before it.
+        folded: pages of each row after it.
+        first: position of each row's token 0.
+        source: `[rows, max count]` slot of each new token within the pass; None when every slot of
+            every row is a token.
+        pages: for each newly folded block, (row, block, page number).
+        num_pages: page numbers in use or free after it, the size to which pools grow.
+        slab_pages: pages of a slab.
+        table: each row's page numbers; it grows in place, so readers keep to `folded` entries.
+    """
+
+    queries: int
+    slots: int
+    start: tuple[int, ...]
+    count: tuple[int, ...]
+    folded_before: tuple[int, ...]
+    folded: tuple[int, ...]
+    first: tuple[int, ...]
+    source: Tensor | None
+    pages: tuple[tuple[int, int, int], ...]
+    num_pages: int
+    slab_pages: int
+    table: Sequence[Sequence[int]]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.start)
+
+    @property
+    def length(self) -> tuple[int, ...]:
+        """Tokens of each row after the pass."""
+        return tuple(s + c for s, c in zip(self.start, self.count, strict=True))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the cache was empty before."""
+        return not any(self.start)
+
+    @property
+    def reads_folded_now(self) -> bool:
+        """Whether its queries read the blocks that it folds: decoding one token a row does.
+
+        A longer pass attends to its own tokens exactly, and to what was hot before it.
+        """
+        return self.queries == 1
+
+
+class Timeline:
+    """The lengths and page tables of a batch of rows."""
+
+    def __init__(
+        self,
+        sinks: int,
+        window: int,
+        block: int,
+        slab_blocks: int = 8,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.sinks, self.window, self.block = sinks, window, block
+        self.slab_blocks, self.max_tokens = slab_blocks, max_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every row."""
+        self.slots = 0
+        self.lengths: list[int] = []
+        self.first: list[int] = []
+        self.table: list[list[int]] = []
+        # per row, (slot, token) where a run of tokens without padding between them starts
+        self.runs: list[list[tuple[int, int]]] = []
+        self.num_pages = self.slab_pages = 0
+        self.free: list[int] = []
+        self.pairs_read = self.pairs_cold = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 while empty."""
+        return len(self.lengths)
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether every slot of every row is a token."""
+        return all(n == self.slots for n in self.lengths)
+
+    @property
+    def folded(self) -> list[int]:
+        """Pages of each row."""
+        return [len(pages) for pages in self.table]
+
+    def folded_at(self, length: int) -> int:
+        """Pages of a row of `length` tokens that was never cropped."""
+        return max(0, (length - self.window - self.sinks) // self.block)
+
+    def plan(self, rows: int, queries: int, valid: Tensor | None, positions: Tensor | None) -> Step:
+        """The step that adds `queries` slots to `rows` rows, with pages reserved for what it folds.
+
+        Args:
+            rows: rows of the batch.
+            queries: slots of the pass.
+            valid: bool `[rows, queries]`, False where a slot is padding; None for no padding.
+            positions: `[rows or 1, queries]` RoPE positions; None counts slots from 0.
+
+        Raises:
+            CacheError: another number of rows than before, positions with gaps within a row, or
+                more than `max_tokens`.
+        """
+        if not rows or not queries:
+            raise CacheError(f"a pass of {rows} rows and {queries} tokens; at least 1 of each is needed")
+        if self.rows and rows != self.rows:
+            raise CacheError(
+                f"the cache holds {self.rows} rows and was given {rows}; reset() it or make "
+                "another cache for another batch"
+            )
+        start = tuple(self.lengths) or (0,) * rows
+        source, count = None, (queries,) * rows
+        if valid is not None and not bool(valid.all()):
+            mask = valid.cpu()
+            count = tuple(mask.sum(1).tolist())
+            source = torch.zeros(rows, max(count), dtype=torch.int64)
+            for r in range(rows):
+                source[r, : count[r]] = mask[r].nonzero()[:, 0]
+        first = self._first(start, count, queries, source, positions)
+        before = tuple(self.folded) or (0,) * rows
+        after = tuple(
+            max(b, self.folded_at(s + c)) for b, s, c in zip(before, start, count, strict=True)
+        )
+        longest = max(s + c for s, c in zip(start, count, strict=True))
+        if self.max_tokens is not None and longest > self.max_tokens:
+            raise CacheError(
+                f"a row would reach {longest} tokens; this cache holds at most {self.max_tokens} "
+                "(max_tokens=, by default the model's own limit)"
+            )
+        # block by block, so that the pages of a walk over blocks lie side by side
+        due = sorted((m, r) for r in range(rows) for m in range(before[r], after[r]))
+        if not self.slab_pages:
+            self.slab_pages = self.slab_blocks * rows
+            self.table = [[] for _ in range(rows)]
+        numbers = self._allocate(len(due))
+        pages = tuple((r, m, n) for (m, r), n in zip(due, numbers, strict=True))
+        for r, _, n in pages:
+            self.table[r].append(n)
+        return Step(
+            queries,
+            self.slots,
+            start,
+            count,
+            before,
+            after,
+            first,
+            source,
+            pages,
+            self.num_pages,
+            self.slab_pages,
+            self.table,
+        )
+
+    def now(self) -> Step:
+        """A step that adds nothing: the state as it is."""
+        lengths, folded = tuple(self.lengths), tuple(self.folded)
+        none = (0,) * self.rows
+        return Step(
+            0,
+            self.slots,
+            lengths,
+            none,
+            folded,
+            folded,
+            tuple(self.first),
+            None,
+            (),
+            self.num_pages,
+            self.slab_pages,
+            self.table,
+        )
+
+    def commit(self, step: Step) -> None:
+        """Make a step's state the current one, once every layer has applied it."""
+        if not self.rows:
+            self.runs = [[] for _ in range(step.rows)]
+        for r in range(step.rows):
+            slots = (
+                range(step.queries)
+                if step.source is None
+                else step.source[r, : step.count[r]].tolist()
+            )
+            for i, slot in enumerate(slots):
+                at, token = step.slots + slot, step.start[r] + i
+                if not self.runs[r] or at - self.runs[r][-1][0] != token - self.runs[r][-1][1]:
+                    self.runs[r].append((at, token))
+                if step.source is None:
+                    break  # one run, wherever it started
+        self.slots = step.slots + step.queries
+        self.lengths, self.first = list(step.length), list(step.first)
+        if not step.is_first:
+            self._count_pairs(step)
+
+    def compressed_share(self) -> float:
+        """Share of the causal pairs of all queries that read the cache that came from codes."""
+        return self.pairs_cold / self.pairs_read if self.pairs_read else 0.0
+
+    # --- operations on rows ----------------------------------------------------------------
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row `rows[i]` was; pages are shared, never copied."""
+        self.lengths = [self.lengths[r] for r in rows]
+        self.first = [self.first[r] for r in rows]
+        self.table = [list(self.table[r]) for r in rows]
+        self.runs = [list(self.runs[r]) for r in rows]
+
+    def crop(self, slots: int) -> list[tuple[int, int]]:
+        """Keep the first `slots` slots; gives (row, block) of blocks to decode into the window.
+
+        A block that is cut is decoded once, back into the hot window; blocks behind it are dropped.
+        """
+        reopened = []
+        for r in range(self.rows):
+            kept = sum(
+                min(max(slots - at, 0), self._run_length(r, i)) for i, (at, _) in enumerate(self.runs[r])
+            )
+            self.runs[r] = [(at, token) for at, token in self.runs[r] if at < slots]
+            self.lengths[r] = kept
+            whole = max(0, (kept - self.sinks) // self.block)
+            if whole < len(self.table[r]):
+                if kept > self.sinks + self.block * whole:
+                    reopened.append((r, whole))
+                self.table[r] = self.table[r][:whole]
+        self.slots = min(self.slots, slots)
+        return reopened
+
+    def slots_of(self, row: int) -> Tensor:
+        """`[tokens]` slot of each token of a row."""
+        parts = [
+            torch.arange(self._run_length(row, i)) + at for i, (at, _) in enumerate(self.runs[row])
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    # --- inside ----------------------------------------------------------------------------
+
+    def _run_length(self, row: int, i: int) -> int:
+        runs = self.runs[row]
+        end = runs[i + 1][1] if i + 1 < len(runs) else self.lengths[row]
+        return end - runs[i][1]
+
+    def _first(
+        self,
+        start: tuple[int, ...],
+        count: tuple[int, ...],
+        queries: int,
+        source: Tensor | None,
+        positions: Tensor | None,
+    ) -> tuple[int, ...]:
+        """Position of each row's token 0, checked against the positions of this pass."""
+        rows = len(start)
+        if positions is None:
+            positions = torch.arange(self.slots, self.slots + queries)[None]
+        if positions.ndim != 2 or positions.shape[0] not in (1, rows):
+            raise CacheError(
+                f"position_ids have shape {tuple(positions.shape)}; [{rows}, {queries}] or "
+                f"[1, {queries}] is possible (multi-axis positions are not supported)"
+            )
+        host = positions.cpu().expand(rows, -1)
+        first = []
+        for r in range(rows):
+            at = host[r] if source is None else host[r, source[r, : count[r]]]
+            if not count[r]:
+                first.append(self.first[r] if self.rows else 0)
+                continue
+            begin = int(at[0]) - start[r]
+            if start[r] and begin != self.first[r]:
+                raise CacheError(
+                    f"row {r} continues at position {int(at[0])}, expected "
+                    f"{self.first[r] + start[r]}: positions within a row rise by one"
+                )
+            if int(at[-1]) - int(at[0]) != count[r] - 1 or bool((at.diff() != 1).any()):
+                raise CacheError(
+                    f"the positions of row {r} do not rise by one ({at[:8].tolist()}…); packed or "
+                    "reordered sequences are not supported"
+                )
+            first.append(begin)
+        return tuple(first)
+
+    def _allocate(self, count: int) -> list[int]:
+        if count > len(self.free) and self.num_pages:
+            held = {n for row in self.table for n in row}
+            self.free = [n for n in range(self.num_pages) if n not in held]
+        while count > len(self.free):
+            self.free += range(self.num_pages, self.num_pages + self.slab_pages)
+            self.num_pages += self.slab_pages
+        taken, self.free = self.free[:count], self.free[count:]
+        return taken
+
+    def _count_pairs(self, step: Step) -> None:
+        pages = step.folded if step.reads_folded_now else step.folded_before
+        for start, count, folded in zip(step.start, step.count, pages, strict=True):
+            self.pairs_read += count * start + count * (count + 1) // 2
+            self.pairs_cold += count * folded * self.block

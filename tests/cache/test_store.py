@@ -1,0 +1,131 @@
+"""One layer's store: the same bytes however blocks arrive, constant cost, honest sizes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kvfold
+from kvfold.cache.store import LayerStore
+from kvfold.cache.timeline import Timeline
+from kvfold.codec import CodecError, Site
+from kvfold.transforms.rope import Rope
+
+ROPE = Rope(tuple(1e4 ** (-i / 32) for i in range(32)))
+PRESETS = [name for name, preset in kvfold.presets().items() if preset.keys.artefact != "required"]
+
+
+def make_store(name: str, timeline: Timeline, heads: int = 2, dim: int = 64) -> LayerStore:
+    preset = kvfold.get(name)
+    sites = (Site(s, heads, dim, timeline.block, rope=ROPE) for s in ("key", "value"))
+    key, value = (
+        codec.bind(site) for codec, site in zip((preset.keys, preset.values), sites, strict=True)
+    )
+    return LayerStore(key, value, timeline)
+
+
+def feed(store: LayerStore, keys, values, chunks, valid=None):
+    at, view = 0, None
+    for n in chunks:
+        part = None if valid is None else valid[:, at : at + n]
+        positions = None
+        if valid is not None:
+            positions = (valid.long().cumsum(1) - 1).clamp_min(0)[:, at : at + n]
+        step = store.timeline.plan(keys.shape[0], n, part, positions)
+        view = store.append(keys[:, :, at : at + n], values[:, :, at : at + n], step)
+        store.timeline.commit(step)
+        at += n
+    return view
+
+
+def stored_pages(store: LayerStore) -> list[torch.Tensor]:
+    return [store.pool.gather(row) for row in store.timeline.table if row]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_bytes_do_not_depend_on_how_tokens_arrive(name):
+    torch.manual_seed(7)
+    keys, values = torch.randn(2, 2, 2, 530, 64)
+    valid = torch.ones(2, 530, dtype=torch.bool)
+    valid[1, :71] = False
+    found = []
+    for chunks in ([530], [100, 300, 130], [400] + [1] * 130):
+        store = make_store(name, Timeline(4, 64, 128))
+        feed(store, keys, values, chunks, valid)
+        assert store.timeline.folded == [3, 3]
+        found.append(stored_pages(store))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b), f"{(a != b).float().mean()} of the bytes differ"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_rows_do_not_see_each_other(name):
+    torch.manual_seed(8)
+    keys, values = torch.randn(2, 3, 2, 300, 64)
+    together = make_store(name, Timeline(4, 64, 128))
+    feed(together, keys, values, [300])
+    for r in range(3):
+        alone = make_store(name, Timeline(4, 64, 128))
+        feed(alone, keys[r : r + 1], values[r : r + 1], [300])
+        assert torch.equal(stored_pages(together)[r], stored_pages(alone)[0])
+
+
+class Written(TorchDispatchMode):
+    """Bytes of new or overwritten tensors, and the largest of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs:
+                self.total += t.untyped_storage().nbytes()
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
+
+
+def test_appending_copies_the_same_at_any_length():
+    """Bytes made by 128 appends (one fold among them) do not grow between 1k and 8k tokens."""
+    store = make_store("kivi2-g64", Timeline(4, 64, 128))
+    keys, values = torch.randn(2, 1, 2, 1, 64)
+    made = {}
+    for n in range(8200):
+        step = store.timeline.plan(1, 1, None, None)
+        if n in (1000, 8000):
+            counter = Written()
+            counter.__enter__()
+        store.append(keys, values, step)
+        if n in (1127, 8127):
+            counter.__exit__(None, None, None)
+            made[n] = counter.total
+        store.timeline.commit(step)
+    assert made[8127] <= made[1127] * 1.001, made
+
+
+@pytest.mark.parametrize("length", [500, 2000, 8000])
+def test_nbytes_is_what_is_held(length):
+    store = make_store("turboquant4", Timeline(4, 64, 128))
+    keys, values = torch.randn(2, 1, 2, length, 64)
+    feed(store, keys, values, [length])
+    parts = store.nbytes(len(store.timeline.table[0]))
+    held = [*store.pool.slabs, store.ring_keys, store.ring_values]
+    held += [store.sink_keys, store.sink_values]
+    assert sum(parts.values()) == sum(t.untyped_storage().nbytes() for t in held)
+    assert parts["pages"] == (length - 68) // 128 * store.layout.nbytes
+
+
+def test_states_that_cannot_be_coded_are_refused_by_name():
+    store = make_store("kivi4-g32", Timeline(4, 64, 128))
+    keys, values = torch.randn(2, 1, 2, 300, 64)
+    keys[0, 1, 50, 3] = float("nan")
+    with pytest.raises(CodecError, match="layer 0: key_states contain NaN or Inf"):
+        feed(store, keys, values, [300])
+    keys[0, 1, 50, 3] = 1e6
+    with pytest.raises(CodecError, match=r"magnitude of 1e\+06"):
+        feed(make_store("kivi4-g32", Timeline(4, 64, 128)), keys, values, [300])
+    with pytest.raises(CodecError, match=r"key_states have shape \(1, 2, 9, 96\)"):
+        wrong = torch.randn(1, 2, 9, 96)
+        feed(make_store("kivi4-g32", Timeline(4, 64, 128)), wrong, wrong, [9])
