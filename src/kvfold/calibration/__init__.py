@@ -1,0 +1,1 @@
+"""Tables learned from data: collected per layer, fitted by the codec, kept in a checked file."""

@@ -1,0 +1,1 @@
+"""One harness for every method: the same text, windows, reference and definitions."""
