@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvfold
 from kvfold.codec import (
     BoundCodec,
+    Codec,
     CodecError,
     Preset,
     Query,

@@ -194,7 +194,12 @@ class Artefact:
 
 @lru_cache
 def commit() -> str | None:
-    """The commit of this kvfold where it runs from a checkout, with `-dirty` if it was changed."""
+    """The commit of this kvfold where it runs from a checkout, with `-dirty` if it was changed.
+
+    `KVFOLD_COMMIT` names it where the tree was copied without its history.
+    """
+    if os.environ.get("KVFOLD_COMMIT"):
+        return os.environ["KVFOLD_COMMIT"]
     here = Path(__file__).resolve()
 
     def git(*args: str) -> str | None:
