@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,10 +229,14 @@ class Bench:
             else:
                 ids = self.ids(stdlib(), context)[: min(16, self.args.windows)]
             self.texts.clear()  # reference logits are large
-            self.texts[what, context] = Windows(self.model, ids, max(1, self.args.rows * 2048 // context))
+            self.texts[what, context] = Windows(
+                self.model, ids, max(1, self.args.rows * 2048 // context)
+            )
         return self.texts[what, context]
 
-    def statistics(self, name: str = "base", windows: Tensor | None = None, **options: Any) -> Statistics:
+    def statistics(
+        self, name: str = "base", windows: Tensor | None = None, **options: Any
+    ) -> Statistics:
         """Collected once for each name, samples on the device."""
         if name not in self.found:
             if windows is None:
@@ -272,9 +276,7 @@ class Bench:
     def artefact(
         self, statistics: Statistics, codecs: list[Fisher], recipe: Recipe = Recipe()
     ) -> Artefact:
-        return collect_fisher.artefact(
-            statistics, codecs, "fisher2", recipe, self.model.device
-        )
+        return collect_fisher.artefact(statistics, codecs, "fisher2", recipe, self.model.device)
 
     def score(self, stage: str, name: str, preset: Preset, artefact: Artefact, **more: Any) -> None:
         where = more.pop("windows", None) or self.windows("test")
@@ -422,7 +424,9 @@ def main() -> None:
     """Run the stages that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", required=True, help="model folder, or what kvfold.integrations.models.load takes")
+    add(
+        "--model", required=True, help="model folder, or what kvfold.integrations.models.load takes"
+    )
     add("--valid", required=True, help="wiki.valid.tokens")
     add("--test", required=True, help="wiki.test.raw")
     add("--out", required=True, type=Path)

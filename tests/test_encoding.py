@@ -25,7 +25,7 @@ def test_bad_input_is_refused():
         CodecError, match=r"shape \(3, 10, 64\).*\[rows, kv_heads, tokens, head_dim\]"
     ):
         kvfold.encode(x[0], "int8")
-    with pytest.raises(CodecError, match="dtype torch.int64"):
+    with pytest.raises(CodecError, match=r"dtype torch\.int64"):
         kvfold.encode(x.long(), "int8")
     with pytest.raises(CodecError, match="side is 'key' or 'value'"):
         kvfold.encode(x, "int8", side="keys")

@@ -204,15 +204,30 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=1, help="How much of the text to read.")] = 32_768,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     sinks: Sinks = 4,
+    bits: Annotated[
+        float | None,
+        typer.Option(min=0.2, max=7, help="fisher: total bits per element, gains included."),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="fisher: keep what was collected here; continue from it if it is there."),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Learn a preset's tables (channel orders, codebooks) from a model reading a text."""
+    """Learn a preset's tables (bases, channel orders, codebooks) from a model reading a text."""
     chosen = get(preset)
     content = _read(text)
+    from kvfold.codecs import fisher
     from kvfold.integrations import collect
+    from kvfold.integrations.describe import describe
 
     loaded, tokenizer = _load(model, dtype, device)
+    if bits is not None:
+        if not isinstance(chosen.keys, fisher.Fisher):
+            raise CommandError(f"--bits is for fisher presets; {preset} has a width of its own")
+        dims = [i.key_dim for i in describe(loaded) if i.kind == "full_attention"]
+        chosen = fisher.preset_of(round(bits - 8 * len(dims) / sum(dims), 4), chosen.keys.form)
     with _progress("calibrating") as advance:
         artefact = collect.calibrate(
             loaded,
@@ -222,6 +237,7 @@ def calibrate(
             tokens=tokens,
             context=context,
             sinks=sinks,
+            statistics=statistics,
             model_name=model,
             data_name=text.name,
             progress=lambda done, total: advance(done, total, ""),

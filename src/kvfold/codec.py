@@ -195,6 +195,9 @@ class Codec:
     version: ClassVar[int] = 1
     #: title and number of the paper.
     paper: ClassVar[str] = ""
+    #: whether a token of zeros comes back as zeros where no mean is removed: levels without a
+    #: gain or scale of the token cannot.
+    keeps_zeros: ClassVar[bool] = True
 
     @property
     def pre_rope(self) -> bool:
@@ -265,6 +268,9 @@ def codec_from_json(data: Mapping[str, Any]) -> Codec:
 
 # --- presets ---------------------------------------------------------------------------------
 
+#: sizes do not depend on the frequencies, but pre-RoPE codecs want to see some.
+_ANY_ROPE = Rope((1.0,))
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -284,7 +290,6 @@ class Preset:
     values: Codec
     gaussian_nmse: tuple[float, float] | None = None
     summary: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def page_layout(
         self,
@@ -293,7 +298,7 @@ class Preset:
         head_dim: int,
         block_len: int = 128,
         dtype: torch.dtype = torch.bfloat16,
-        rope: Rope | None = Rope((1.0,)),
+        rope: Rope | None = _ANY_ROPE,
         artefact: "Artefact | None" = None,
     ) -> PageLayout:
         """The layout of one page for a layer of this shape.
@@ -301,7 +306,8 @@ class Preset:
         Without the artefact that a codec requires it is the layout of the codec's example.
         """
         bound = []
-        for side, codec in (("key", self.keys), ("value", self.values)):
+        sides: tuple[tuple[Side, Codec], ...] = (("key", self.keys), ("value", self.values))
+        for side, codec in sides:
             site = Site(side, num_kv_heads, head_dim, block_len, dtype=dtype, rope=rope)
             bound.append(codec.bind(site, artefact or codec.example(site)))
         return page_layout(*bound)

@@ -104,9 +104,7 @@ def encode(
     rows, heads, tokens, head_dim = states.shape
     chosen = get(preset)
     codec = chosen.keys if side == "key" else chosen.values
-    site = Site(
-        side, heads, head_dim, block_len, layer, states.dtype, states.device, rope
-    )
+    site = Site(side, heads, head_dim, block_len, layer, states.dtype, states.device, rope)
     bound = codec.bind(site, artefact)
     check_states(states, f"{side}_states")
     if positions is None:
@@ -114,7 +112,9 @@ def encode(
     else:
         at = torch.as_tensor(positions).to(states.device)
         if tuple(at.shape) != (rows, tokens):
-            raise CodecError(f"positions have shape {tuple(at.shape)}; {(rows, tokens)} is expected")
+            raise CodecError(
+                f"positions have shape {tuple(at.shape)}; {(rows, tokens)} is expected"
+            )
     blocks = -(-tokens // block_len)
     index = torch.arange(blocks * block_len, device=states.device)
     beyond = (index - (tokens - 1)).clamp_min(0)

@@ -98,7 +98,7 @@ class DigitPlan:
     @cached_property
     def counts(self) -> tuple[tuple[int, int, int], ...]:
         """Per head, the number of columns in the 4-, 2- and 1-bit section."""
-        return tuple(tuple(len(head[w]) for w in SECTIONS) for head in self.heads)
+        return tuple((len(h[4]), len(h[2]), len(h[1])) for h in self.heads)
 
     @cached_property
     def padded(self) -> dict[int, int]:
@@ -214,9 +214,9 @@ class DigitPlan:
         return x.gather(-1, index) * weight
 
     def gathered(self, sums: Tensor) -> Tensor:
-        """Sums over columns `[rows, heads, ..., num_columns]` to sums over codes, spread's transpose.
+        """Sums over columns `[rows, heads, ..., num_columns]` to sums over codes.
 
-        `gathered(p @ columns) == p @ codes`.
+        The transpose of `spread`: `gathered(p @ columns) == p @ codes`.
         """
         if self.plain:
             return sums
@@ -272,7 +272,6 @@ class DigitPlan:
 
     def _unpack_lanes(self, lanes: Tensor, width: int, count: int) -> Tensor:
         """Lanes `[blocks, heads, n]` to digits `[blocks, heads, block_len, count]`."""
-        fields = _LANE_BITS // width
         if count == 0:
             return lanes.new_zeros(*lanes.shape[:2], self.block_len, 0)
         shifts = torch.arange(0, _LANE_BITS, width, dtype=torch.int16, device=lanes.device)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.cache.test_store import PRESETS, Written, feed, make_store
 
 from kvfold.attention.oracle import oracle
 from kvfold.attention.paged import attend
 from kvfold.cache.timeline import Timeline
+from tests.cache.test_store import PRESETS, Written, feed, make_store
 
 
 def error(found, wanted):
@@ -31,7 +31,7 @@ def test_attend_equals_the_oracle(name, chunks):
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("heads,group", [(1, 8), (2, 4), (4, 1)])
+@pytest.mark.parametrize(("heads", "group"), [(1, 8), (2, 4), (4, 1)])
 @pytest.mark.parametrize("name", ["int8", "turboquant3", "rotatekv4", "polar-r3a3"])
 def test_head_dims_and_groups(name, dim, heads, group):
     torch.manual_seed(4)
@@ -48,7 +48,7 @@ def test_softcap_and_sink_logits():
     keys, values = torch.randn(2, 1, 2, 421, 64) * 3
     view = feed(make_store("int8", Timeline(4, 64, 128)), keys, values, [400, 21])
     q = torch.randn(1, 8, 21, 64)
-    more = dict(scaling=0.125, softcap=5.0, sink_logits=torch.randn(8))
+    more = {"scaling": 0.125, "softcap": 5.0, "sink_logits": torch.randn(8)}
     found, wanted = attend(q, view, **more), oracle(q, view, **more)
     assert error(found, wanted) < 1e-5, error(found, wanted)
     plain = attend(q, view, scaling=0.125)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.cache.test_store import PRESETS, feed, make_store
 
 from kvfold.attention.paged import attend
 from kvfold.attention.streaming import align, streaming_attention
 from kvfold.cache.timeline import Timeline
+from tests.cache.test_store import PRESETS, feed, make_store
 
 TOKENS, PADS, SINKS, WINDOW, BLOCK = 280, 33, 4, 64, 64
 
@@ -60,7 +60,7 @@ def test_the_comparison_sees_a_wrong_rule():
     torch.manual_seed(22)
     keys, values, q = torch.randn(3, 1, 2, 300, 64)
     store = make_store("turboquant2", Timeline(SINKS, WINDOW, BLOCK))
-    more = dict(sinks=SINKS, block=BLOCK, scaling=0.125)
+    more = {"sinks": SINKS, "block": BLOCK, "scaling": 0.125}
     a, b = (
         streaming_attention(q, keys, values, store.key, store.value, window=w, **more)
         for w in (WINDOW, WINDOW + 1)

@@ -126,6 +126,6 @@ def test_states_that_cannot_be_coded_are_refused_by_name():
     keys[0, 1, 50, 3] = 1e6
     with pytest.raises(CodecError, match=r"magnitude of 1e\+06"):
         feed(make_store("kivi4-g32", Timeline(4, 64, 128)), keys, values, [300])
+    wrong = torch.randn(1, 2, 9, 96)
     with pytest.raises(CodecError, match=r"key_states have shape \(1, 2, 9, 96\)"):
-        wrong = torch.randn(1, 2, 9, 96)
         feed(make_store("kivi4-g32", Timeline(4, 64, 128)), wrong, wrong, [9])

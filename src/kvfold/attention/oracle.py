@@ -1,4 +1,4 @@
-"""The float32 oracle: plain softmax attention over decoded states. Every fast path answers to it."""
+"""The float32 oracle: softmax attention over decoded states; every fast path answers to it."""
 
 import torch
 from torch import Tensor

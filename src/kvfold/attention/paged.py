@@ -16,21 +16,20 @@ SCORE_ELEMENTS = 1 << 22
 
 def score(query: Query, reading: Reading) -> Tensor:
     """Scores `[pages, heads, queries, block_len]` of prepared queries against a reading of keys."""
-    n, heads, block_len, width = reading.columns.shape
-    segments, queries = query.columns.shape[2:4]
+    block_len, width = reading.columns.shape[2:]
+    segments = query.columns.shape[2]
     columns = reading.columns.unflatten(2, (segments, block_len // segments)).mT
     groups = 1 if reading.gain is None else reading.gain.shape[-1]
-    # [n, H, segments, queries, tokens], a slice of columns for each group
-    total = None
+    parts = []  # [n, H, segments, queries, tokens], a slice of columns for each group
     for g in range(groups):
         part = slice(g * width // groups, (g + 1) * width // groups)
         s = query.columns[..., part] @ columns[..., part, :]
         if query.gain is not None:
             s = s + query.gain[..., g : g + 1]
         if reading.gain is not None:
-            gain = reading.gain[..., g].unflatten(-1, (segments, -1))
-            s = s * gain.unsqueeze(-2)
-        total = s if total is None else total + s
+            s = s * reading.gain[..., g].unflatten(-1, (segments, -1)).unsqueeze(-2)
+        parts.append(s)
+    total = parts[0] if groups == 1 else torch.stack(parts).sum(0)
     out = total.transpose(2, 3).flatten(-2)
     if query.offset is not None and reading.offset is not None:
         out = out + query.offset @ reading.offset.mT
@@ -92,21 +91,28 @@ def attend(
     seen = seen.repeat(1, group, 1)[:, None]  # [rows, 1, group * queries, exact]
     s = cap(q @ view.keys.float().mT).masked_fill(~seen, -torch.inf)
     top = s.amax(-1, keepdim=True)
+    extra = None
     if sink_logits is not None:
-        logits = sink_logits.float().reshape(heads, group, 1).expand(-1, -1, queries)
-        logits = logits.reshape(1, heads, group * queries, 1)
-        top = torch.maximum(top, logits)
+        extra = sink_logits.float().reshape(heads, group, 1).expand(-1, -1, queries)
+        extra = extra.reshape(1, heads, group * queries, 1)
+        top = torch.maximum(top, extra)
     # a padding query sees nothing: its top stays finite so that it gives zeros, not NaN
     top = top.clamp_min(torch.finfo(torch.float32).min)
     p = (s - top).exp()
     norm = p.sum(-1, keepdim=True)
-    if sink_logits is not None:
-        norm = norm + (logits - top).exp()
+    if extra is not None:
+        norm = norm + (extra - top).exp()
     out = p @ view.values.float()
 
     most = max(view.folded, default=0)
     if most:
-        step = max(1, min(store.group_blocks(rows), SCORE_ELEMENTS // (s[..., 0].numel() * store.timeline.block)))
+        step = max(
+            1,
+            min(
+                store.group_blocks(rows),
+                SCORE_ELEMENTS // (s[..., 0].numel() * store.timeline.block),
+            ),
+        )
         total: Total | None = None
         is_query = (view.query_tokens >= 0).repeat(1, group)[:, None, :, None]
         shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
@@ -145,7 +151,5 @@ def _page_scores(q: Tensor, shared: Query | None, key: BoundCodec, pages: Pages)
     return score(query, key.read(pages.keys, pages.positions)).unflatten(0, (rows, blocks))
 
 
-def _map(record, function):  # noqa: ANN001, ANN202
-    return type(record)(
-        *(None if t is None else function(t) for t in vars(record).values())
-    )
+def _map(record, function):
+    return type(record)(*(None if t is None else function(t) for t in vars(record).values()))

@@ -36,7 +36,7 @@ class CacheConfig:
     window: int = 64
     block: int = 128
     max_tokens: int | None = None
-    slab_blocks: int = 8
+    slab_blocks: int = 4
     strict: bool = False
     artefact: "Artefact | None" = field(default=None, repr=False)
 
@@ -77,7 +77,7 @@ class CacheConfig:
 
     def preset_of(self, layer: int | None) -> Preset:
         """The preset of a layer, K and V choices and overrides applied (None: the default)."""
-        if layer in self.overrides:
+        if layer is not None and layer in self.overrides:
             return get(self.overrides[layer])
         base = get(self.preset)
         if self.keys is None and self.values is None:

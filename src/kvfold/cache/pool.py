@@ -30,7 +30,9 @@ class Pool:
 
     def gather(self, numbers: Sequence[int]) -> Tensor:
         """Pages `[n, page_bytes]` in the order of their numbers: a view where they lie in a row."""
-        parts = [self.slabs[slab][_index(rows, self.device)] for slab, rows, _ in self._by_slab(numbers)]
+        parts = [
+            self.slabs[slab][_index(rows, self.device)] for slab, rows, _ in self._by_slab(numbers)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _by_slab(self, numbers: Sequence[int]) -> list[tuple[int, list[int], slice]]:

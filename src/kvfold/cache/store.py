@@ -52,14 +52,19 @@ class View:
 
 
 class LayerStore:
-    """The packed cache of one layer, for all rows of a batch."""
+    """The packed cache of one layer, for all rows of a batch; allocated by its first states."""
+
+    pool: Pool
+    sink_keys: Tensor  #: [rows, heads, sinks, key_dim]
+    sink_values: Tensor
+    ring_keys: Tensor  #: [rows, heads, window + block, key_dim]
+    ring_values: Tensor
 
     def __init__(self, key: BoundCodec, value: BoundCodec, timeline: Timeline) -> None:
         self.key, self.value, self.timeline = key, value, timeline
         self.layout = page_layout(key, value)
         self.ring_len = timeline.window + timeline.block
-        self.pool: Pool | None = None
-        self.sink_keys = self.sink_values = self.ring_keys = self.ring_values = None
+        self.is_allocated = False
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -72,9 +77,8 @@ class LayerStore:
         batch sees nothing but its own states (None).
         """
         self._check(keys, values, step)
-        if self.ring_keys is None:
+        if not self.is_allocated:
             self._allocate(keys, values, step)
-        assert self.pool is not None
         self.pool.reserve(step.num_pages)
         if step.reads_folded_now:
             self._write_exact(keys, values, step, (0,) * step.rows)
@@ -105,10 +109,9 @@ class LayerStore:
         self.sink_values = empty(values, self.timeline.sinks)
         self.ring_keys, self.ring_values = empty(keys, self.ring_len), empty(values, self.ring_len)
         self.pool = Pool(self.layout.nbytes, step.slab_pages, keys.device)
+        self.is_allocated = True
 
-    def _write_exact(
-        self, keys: Tensor, values: Tensor, step: Step, folded: Sequence[int]
-    ) -> None:
+    def _write_exact(self, keys: Tensor, values: Tensor, step: Step, folded: Sequence[int]) -> None:
         """Put the step's tokens that stay exact into the sinks and the ring."""
         sinks, block = self.timeline.sinks, self.timeline.block
         if step.reads_folded_now and step.source is None and len(set(step.start)) == 1:
@@ -125,7 +128,7 @@ class LayerStore:
             first_hot = sinks + block * folded[r]
             tokens = range(step.start[r], step.start[r] + step.count[r])
             for wanted, to_keys, to_values, size in (
-                (range(0, sinks), self.sink_keys, self.sink_values, max(sinks, 1)),
+                (range(sinks), self.sink_keys, self.sink_values, max(sinks, 1)),
                 (range(first_hot, tokens.stop), self.ring_keys, self.ring_values, self.ring_len),
             ):
                 low, high = max(wanted.start, tokens.start), min(wanted.stop, tokens.stop)
@@ -173,7 +176,9 @@ class LayerStore:
         new = k[k >= step.start[row]] - step.start[row]
         parts = []
         if len(old):
-            parts.append(ring[row][:, ((old - self.timeline.sinks) % self.ring_len).to(ring.device)])
+            parts.append(
+                ring[row][:, ((old - self.timeline.sinks) % self.ring_len).to(ring.device)]
+            )
         if len(new):
             parts.append(fresh[row][:, self._slots(step, row, new).to(ring.device)])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -260,17 +265,17 @@ class LayerStore:
         return start[:, None] + torch.arange(self.timeline.block)
 
     def decoded(self, view: View, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """All keys and values `[rows, heads, slots, dim]` of a view, by default in the model's dtype.
+        """All keys and values `[rows, heads, slots, dim]` of a view, in `dtype` or the model's own.
 
         For other attention implementations and for the oracle: this is the whole history at once.
         Padding slots are zeros.
         """
         step = view.step
         slots = step.slots + step.queries
-        out = tuple(
-            x.new_zeros(*x.shape[:2], slots, x.shape[3], dtype=dtype)
-            for x in (view.keys, view.values)
-        )
+        shape = (*view.keys.shape[:2], slots)
+        keys = view.keys.new_zeros(*shape, view.keys.shape[3], dtype=dtype)
+        values = view.values.new_zeros(*shape, view.values.shape[3], dtype=dtype)
+        out = (keys, values)
         for r in range(step.rows):
             place = self.slots_of(step, r).to(view.keys.device)
             exact = (view.tokens[r] >= 0).nonzero()[:, 0]
@@ -297,9 +302,9 @@ class LayerStore:
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
-        for name in ("sink_keys", "sink_values", "ring_keys", "ring_values"):
-            state = getattr(self, name)
-            if state is not None:
+        if self.is_allocated:
+            for name in ("sink_keys", "sink_values", "ring_keys", "ring_values"):
+                state = getattr(self, name)
                 setattr(self, name, state.index_select(0, rows.to(state.device)))
 
     def reopen(self, row: int, block: int, number: int) -> None:
@@ -307,9 +312,9 @@ class LayerStore:
         page = self.pool.gather([number])
         at = self._positions(self.timeline.first[row], torch.tensor([block]))
         device = self.ring_keys.device
-        to = (
-            (torch.arange(self.timeline.block) + block * self.timeline.block) % self.ring_len
-        ).to(device)
+        to = ((torch.arange(self.timeline.block) + block * self.timeline.block) % self.ring_len).to(
+            device
+        )
         for ring, bound, fields in zip(
             (self.ring_keys, self.ring_values),
             (self.key, self.value),
@@ -320,17 +325,14 @@ class LayerStore:
 
     def nbytes(self, used_pages: int) -> dict[str, int]:
         """Allocated bytes: pages in use, unused pool space, hot window, sinks (tables not)."""
-        held = 0 if self.pool is None else sum(slab.nbytes for slab in self.pool.slabs)
-        used = used_pages * self.layout.nbytes if self.pool is not None else 0
-
-        def of(*tensors: Tensor | None) -> int:
-            return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
-
+        if not self.is_allocated:
+            return dict.fromkeys(("pages", "pool_unused", "window", "sinks"), 0)
+        used = used_pages * self.layout.nbytes
         return {
             "pages": used,
-            "pool_unused": held - used,
-            "window": of(self.ring_keys, self.ring_values),
-            "sinks": of(self.sink_keys, self.sink_values),
+            "pool_unused": sum(slab.nbytes for slab in self.pool.slabs) - used,
+            "window": self.ring_keys.nbytes + self.ring_values.nbytes,
+            "sinks": self.sink_keys.nbytes + self.sink_values.nbytes,
         }
 
 

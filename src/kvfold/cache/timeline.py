@@ -86,7 +86,7 @@ class Timeline:
         sinks: int,
         window: int,
         block: int,
-        slab_blocks: int = 8,
+        slab_blocks: int = 4,
         max_tokens: int | None = None,
     ) -> None:
         self.sinks, self.window, self.block = sinks, window, block
@@ -138,7 +138,9 @@ class Timeline:
                 more than `max_tokens`.
         """
         if not rows or not queries:
-            raise CacheError(f"a pass of {rows} rows and {queries} tokens; at least 1 of each is needed")
+            raise CacheError(
+                f"a pass of {rows} rows and {queries} tokens; at least 1 of each is needed"
+            )
         if self.rows and rows != self.rows:
             raise CacheError(
                 f"the cache holds {self.rows} rows and was given {rows}; reset() it or make "
@@ -248,7 +250,8 @@ class Timeline:
         reopened = []
         for r in range(self.rows):
             kept = sum(
-                min(max(slots - at, 0), self._run_length(r, i)) for i, (at, _) in enumerate(self.runs[r])
+                min(max(slots - at, 0), self._run_length(r, i))
+                for i, (at, _) in enumerate(self.runs[r])
             )
             self.runs[r] = [(at, token) for at, token in self.runs[r] if at < slots]
             self.lengths[r] = kept

@@ -342,7 +342,7 @@ class Fit:
     def __init__(
         self,
         statistics: Statistics,
-        recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+        recipe: Recipe = Recipe(),
         device: torch.device | str = "cpu",
     ) -> None:
         if not statistics.sides or any(not s.residuals for s in statistics.sides.values()):

@@ -339,7 +339,9 @@ class BoundFisherKeys(BoundFisher):
         if not self.rope.inv_freq:
             return self.mean[:, None]
         starts = positions[:, :: self.tile, None]
-        mean = self.rope.rotate(self.run_mean.expand(len(starts), starts.shape[1], -1, -1, -1), starts)
+        mean = self.rope.rotate(
+            self.run_mean.expand(len(starts), starts.shape[1], -1, -1, -1), starts
+        )
         return mean.transpose(1, 2).flatten(2, 3)
 
 
@@ -397,7 +399,7 @@ _SUMMARY = {
     "pre": "Fisher-weighted eigenbasis, one bit budget; keys before RoPE, decoded when read",
 }
 for _form in FORMS:
-    for _bits in (4, 3, 2.5, 2, 1.5, 1):
+    for _bits in (4.0, 3.0, 2.5, 2.0, 1.5, 1.0):
         _preset = preset_of(_bits, _form)
         register(
             _preset.name,

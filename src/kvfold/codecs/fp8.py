@@ -57,7 +57,7 @@ class BoundFp8(BoundCodec):
         return {"states": _to_e4m3((x / step).clamp(-E4M3_MAX, E4M3_MAX)), "gain": gain}
 
     def decode(self, fields: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """g * y in float32."""
+        """G * y in float32."""
         return fields["states"].float() * fields["gain"].float()[..., None]
 
     def read(self, fields: Mapping[str, Tensor], positions: Tensor) -> Reading:

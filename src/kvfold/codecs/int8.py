@@ -57,7 +57,7 @@ class BoundInt8(BoundCodec):
         return {**self.plan.pack(codes), "gain": gain[..., 0]}
 
     def decode(self, fields: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """g * (c - 128) in float32."""
+        """G * (c - 128) in float32."""
         return (self.plan.unpack(fields).float() - MIDDLE) * fields["gain"].float()[..., None]
 
     def read(self, fields: Mapping[str, Tensor], positions: Tensor) -> Reading:

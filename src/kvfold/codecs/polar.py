@@ -244,7 +244,7 @@ class RadiusSamples:
     LIMIT = 1 << 17
 
     def __init__(self, codec: Polar, site: Site) -> None:
-        self.codec, self.stride = codec, 8
+        self.codec, self.stride = codec, 7  # odd, so that it walks over all pairs of a head
         self.signs = random_signs(site.head_dim, codec.seed).to(site.device)
         self.kept = torch.zeros(0, device=site.device)
 

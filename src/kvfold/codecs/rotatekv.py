@@ -216,7 +216,7 @@ class ChannelMeans:
     def add(self, x: Tensor, positions: Tensor) -> None:
         """Add the states of some tokens, RoPE undone for keys."""
         x = x if self.rope is None else self.rope.unrotate(x, positions)
-        total = x.double().sum((0, 2))
+        total = x.sum((0, 2)).cpu().double()  # float64 does not exist on every device
         self.total = total if self.total is None else self.total + total
 
     def tables(self) -> dict[str, Tensor]:

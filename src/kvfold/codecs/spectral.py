@@ -77,10 +77,13 @@ class Spectral(Codec):
     seed: int = 0
 
     paper = "SpectralQuant, 2026"
+    keeps_zeros = False
 
     def __post_init__(self) -> None:
         if not 0 < self.bits <= MAX_BITS:
-            raise CodecError(f"spectral has more than 0 and at most {MAX_BITS} bits, not {self.bits}")
+            raise CodecError(
+                f"spectral has more than 0 and at most {MAX_BITS} bits, not {self.bits}"
+            )
         if self.effective not in ("coverage", "participation"):
             raise CodecError(f"effective is 'coverage' or 'participation', not {self.effective!r}")
         if not 0 < self.coverage <= 1:
@@ -103,7 +106,9 @@ class Spectral(Codec):
         """All but the sketch's seed."""
         return {name: knob for name, knob in asdict(self).items() if name != "seed"}
 
-    def bind(self, site: Site, artefact: "Artefact | ExampleTables | None" = None) -> "BoundSpectral":
+    def bind(
+        self, site: Site, artefact: "Artefact | ExampleTables | None" = None
+    ) -> "BoundSpectral":
         """The code of one layer's keys or values."""
         if artefact is None:
             raise CodecError(
@@ -326,15 +331,16 @@ class Spectrum:
         widths, signs = self.codec.widths(variances, self.site.side)
         sigma = variances.sqrt().float()
         basis = basis.to(torch.float16)
-        sample = torch.cat(self.kept, 1) - offset.cpu()
-        y = sample @ basis.float().mT / sigma.clamp_min(1e-20)[:, None]
+        tokens = torch.cat(self.kept, 1) - offset.cpu()
+        y = tokens @ basis.float().mT / sigma.clamp_min(1e-20)[:, None]
         y = torch.where(sigma[:, None] > 0, y, 0.0)
         books = {}
         for b in range(1, MAX_BITS + 1):
             pool = y.transpose(0, 1)[:, widths == b].flatten()
             books[b] = lloyd_max.gaussian_levels(b)
             if len(pool) >= 64 * 2**b:
-                books[b] = lloyd_max.fit_samples(pool[:: -(-len(pool) // (1 << 18))], 2**b)
+                sample = pool[:: -(-len(pool) // (1 << 18))]
+                books[b] = lloyd_max.fit_samples(sample, 2**b, start=books[b])
         return {
             "mean": (self.shift + offset)[:, 0],
             "basis": basis,

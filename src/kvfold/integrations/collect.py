@@ -4,7 +4,8 @@ Nothing is hooked or patched: the model writes into a cache that keeps nothing.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 from kvfold.calibration.artefact import Artefact, CalibrationError
 from kvfold.calibration.fit import Fit
 from kvfold.codec import Preset, Side, Site, get
+from kvfold.codecs.fisher import Fisher
 from kvfold.integrations.describe import (
     LayerInfo,
     UnsupportedError,
@@ -85,12 +87,13 @@ def collect_kv(
 def calibrate(
     model: nn.Module,
     tokenizer: Any,
-    text: str,
+    text: str | Sequence[str],
     preset: str | Preset,
     *,
     tokens: int = 32_768,
     context: int = 2048,
     sinks: int = 4,
+    statistics: str | Path | None = None,
     model_name: str | None = None,
     data_name: str = "text",
     progress: Callable[[int, int], None] | None = None,
@@ -100,11 +103,13 @@ def calibrate(
     Args:
         model: a decoder model.
         tokenizer: its tokenizer.
-        text: what to read; tokenised once, without special tokens.
+        text: what to read, tokenised without special tokens; several are read one after another
+            (`fisher` takes windows from them in turn).
         preset: name or preset.
         tokens: how many to read at most, in whole windows.
         context: tokens of a window, cut to the model's limit and to `tokens`.
         sinks: first tokens of each window that are left out.
+        statistics: for `fisher`, a file to keep what was collected, and to continue from.
         model_name: for the header, by default the config's.
         data_name: for the header.
         progress: called with windows done and windows in all.
@@ -113,6 +118,23 @@ def calibrate(
         CalibrationError: nothing to calibrate, or too short a text.
     """
     preset = get(preset)
+    if any(isinstance(codec, Fisher) for codec in (preset.keys, preset.values)):
+        from kvfold.integrations import collect_fisher  # it builds on this module
+
+        return collect_fisher.calibrate(
+            model,
+            tokenizer,
+            text,
+            preset,
+            tokens=tokens,
+            context=context,
+            sinks=sinks,
+            statistics=statistics,
+            model_name=model_name,
+            data_name=data_name,
+            progress=progress,
+        )
+    text = text if isinstance(text, str) else "\n\n".join(text)
     limit = getattr(text_config(model), "max_position_embeddings", None) or context
     context = min(context, limit, tokens)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

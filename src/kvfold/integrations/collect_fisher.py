@@ -84,7 +84,7 @@ class _ColdAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, run, info, scaling, softcap, sink_logits):  # noqa: ANN001, ANN205
+    def forward(ctx, q, k, v, run, info, scaling, softcap, sink_logits):
         ctx.save_for_backward(q, k, v)
         ctx.rest = (run, info, scaling, softcap, sink_logits)
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float32, device=q.device)
@@ -94,7 +94,7 @@ class _ColdAttention(torch.autograd.Function):
         return out.to(q.dtype)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         run, info, scaling, softcap, sink_logits = ctx.rest
         kv_heads = k.shape[1]
@@ -329,7 +329,9 @@ def collect(
     total = 2 * len(windows)
     found = _resumed(resume, header, model)
     if found is None:
-        means = _means(model, layers, windows, sinks, window, progress and _part(progress, 0, total))
+        means = _means(
+            model, layers, windows, sinks, window, progress and _part(progress, 0, total)
+        )
         found = Statistics({**header, "windows_done": 0}, means)
     for w in range(found.header["windows_done"], len(windows)):
         _one_window(model, layers, windows[w], w, len(windows), found)

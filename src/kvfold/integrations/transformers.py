@@ -20,11 +20,17 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from torch.utils._pytree import tree_map
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedConfig,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
@@ -95,7 +101,7 @@ class FoldedStates(torch.Tensor):
                 return x.decoded()
             return x
 
-        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs or {}))
+        args, kwargs = tree_map(plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -117,24 +123,24 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls while a folded pass runs.
 
-    Handles are read from their codes. Ordinary keys and values (sliding-window layers keep their own
-    cache) go through SDPA, or through an exact softmax where a soft-cap or sink logits ask for it.
+    Handles are read from their codes. Ordinary keys and values (sliding-window layers keep their
+    own cache) go through SDPA, or through an exact softmax where a soft-cap or sink logits ask.
     """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
     if kwargs.get("output_attentions"):
         raise UnsupportedError("attention weights are not kept when attention reads packed pages")
     if isinstance(key, FoldedStates):
         view = key.view_of
         _check_mask(attention_mask, view)
-        out = attend(query, view, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+        out = attend(query, view, scaling=factor, softcap=softcap, sink_logits=sink_logits)
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
     if softcap is None and sink_logits is None:
         sdpa = cast(Any, AttentionInterface())["sdpa"]
         return sdpa(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=factor, **kwargs
         )
-    return _exact(query, key, value, attention_mask, scaling, softcap, sink_logits), None
+    return _exact(query, key, value, attention_mask, factor, softcap, sink_logits), None
 
 
 def _check_mask(mask: Tensor | None, view: View) -> None:
@@ -328,9 +334,9 @@ class FoldedCache(DynamicCache):
     print(cache.summary())
     ```
 
-    The first `sinks` tokens of each sequence and the last `window` stay exact; what leaves the window
-    is coded in pages of `block` tokens, once. Full-attention layers are compressed; sliding-window
-    and recurrent layers keep transformers' own classes.
+    The first `sinks` tokens of each sequence and the last `window` stay exact; what leaves the
+    window is coded in pages of `block` tokens, once. Full-attention layers are compressed;
+    sliding-window and recurrent layers keep transformers' own classes.
 
     Args:
         model: the transformers model that will run with the cache.
@@ -353,6 +359,8 @@ class FoldedCache(DynamicCache):
         CalibrationError: the artefact does not belong to this model or preset.
     """
 
+    layers: list[Any]  # stock classes of several kinds, and FoldedLayer
+
     def __init__(
         self,
         model: nn.Module,
@@ -365,7 +373,7 @@ class FoldedCache(DynamicCache):
         window: int = 64,
         block: int = 128,
         max_tokens: int | None = None,
-        slab_blocks: int = 8,
+        slab_blocks: int = 4,
         strict: bool = False,
         artefact: Artefact | str | None = None,
         bypass: bool = False,
@@ -397,7 +405,7 @@ class FoldedCache(DynamicCache):
         config.check_artefact(lambda: model_hash(model))
         self.config = config
         self.dtype = next(model.parameters()).dtype
-        self._model_config = model.config
+        self._model_config = cast(PreTrainedConfig, model.config)
         self._infos = {info.index: info for info in infos}
         limit = getattr(decoder(model).config, "max_position_embeddings", None)
         self.timeline = Timeline(
@@ -430,6 +438,27 @@ class FoldedCache(DynamicCache):
                 "full_attention layers are; bypass=True stores everything exactly"
             )
 
+    @staticmethod
+    def calibrate(
+        model: nn.Module,
+        tokenizer: Any,
+        texts: str | Sequence[str],
+        preset: str | Preset = "fisher2",
+        **options: Any,
+    ) -> Artefact:
+        """Learn a preset's tables from a model reading texts, for `FoldedCache(artefact=...)`.
+
+        Args:
+            model: the model that the cache is for.
+            tokenizer: its tokenizer.
+            texts: what to read; about 30,000 tokens are enough.
+            preset: name or preset; of `fisher`, all usual numbers of bits and all forms are fitted.
+            options: as for `kvfold.integrations.collect.calibrate`.
+        """
+        from kvfold.integrations.collect import calibrate
+
+        return calibrate(model, tokenizer, texts, preset, **options)
+
     @classmethod
     def from_cache(
         cls,
@@ -452,16 +481,14 @@ class FoldedCache(DynamicCache):
             options: as for `FoldedCache`.
         """
         new = cls(model, preset, **options)
-        filled = cache.layers if isinstance(cache, DynamicCache) else list(cache)
+        filled: list[Any] = list(cache.layers if isinstance(cache, DynamicCache) else cache)
         if len(filled) != len(new.layers):
             raise CacheError(f"the cache has {len(filled)} layers, the model {len(new.layers)}")
-        pairs = [
+        pairs: list[Any] = [
             (layer.keys, layer.values) if isinstance(layer, DynamicLayer) else layer
             for layer in filled
         ]
-        sample = next(
-            pair[0] for pair, to in zip(pairs, new.layers, strict=True) if _is_folded(to)
-        )
+        sample = next(pair[0] for pair, to in zip(pairs, new.layers, strict=True) if _is_folded(to))
         rows, _, slots, _ = sample.shape
         valid = None if attention_mask is None else attention_mask.bool()
         if position_ids is None and valid is not None:
@@ -496,7 +523,9 @@ class FoldedCache(DynamicCache):
                 raise CacheError("a forward pass with this cache failed half-way; reset() it first")
             slots = self.timeline.slots
             if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-                kind = f"a {mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
+                kind = (
+                    f"a {mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
+                )
                 raise CacheError(
                     f"attention_mask is {kind}; FoldedCache takes a 2-D mask [rows, tokens]"
                 )
@@ -508,7 +537,7 @@ class FoldedCache(DynamicCache):
                         f" = rows and cached ({slots}) plus new ({queries}) slots is expected"
                     )
                 valid = mask[:, slots:].bool()
-                if slots and queries > 1 or (slots and not self.timeline.unpadded):
+                if (slots and queries > 1) or (slots and not self.timeline.unpadded):
                     held = mask[:, :slots].bool().sum(1).tolist()
                     if held != self.timeline.lengths:
                         raise CacheError(
@@ -566,12 +595,14 @@ class FoldedCache(DynamicCache):
     def bypass(self, value: bool) -> None:
         if value != self._bypass:
             if self.get_seq_length():
-                raise CacheError("bypass can be switched while the cache is empty; reset() it first")
+                raise CacheError(
+                    "bypass can be switched while the cache is empty; reset() it first"
+                )
             self._bypass = value
             self._set_layers()
 
     def compressed_share(self) -> float:
-        """Share of the causal (query, key) pairs of all queries that read the cache that were codes."""
+        """Share of the (query, key) pairs of all queries on the cache that were read from codes."""
         return self.timeline.compressed_share()
 
     def nbytes(self) -> dict[str, int]:
@@ -580,7 +611,7 @@ class FoldedCache(DynamicCache):
         `pages` (in use), `pool_unused` (reserved pages), `window` and `sinks` (exact), `tables`
         (shared by all pages: rotations, codebooks, orders), `exact_layers` (not compressed).
         """
-        parts = dict.fromkeys(
+        parts: dict[str, int] = dict.fromkeys(
             ("pages", "pool_unused", "window", "sinks", "tables", "exact_layers"), 0
         )
         used = len({n for row in self.timeline.table for n in row})
@@ -653,7 +684,8 @@ class FoldedCache(DynamicCache):
         A page that is cut is decoded once, back into the exact window.
         """
         held = self.get_seq_length()
-        keep = min(max_length, held) if max_length > 0 else held - abs(max_length)
+        max_length = int(max_length)  # assisted decoding counts with tensors
+        keep = min(max_length, held) if max_length > 0 else max(0, held - abs(max_length))
         tables = [list(row) for row in self.timeline.table]
         reopened = self.timeline.crop(keep)
         for layer in self.layers:
@@ -684,7 +716,7 @@ class FoldedCache(DynamicCache):
                 layer.store.select(rows)
 
 
-def _is_folded(layer: Any) -> bool:
+def _is_folded(layer: Any) -> TypeGuard[FoldedLayer]:
     return isinstance(layer, FoldedLayer)
 
 

@@ -1,0 +1,1 @@
+"""Reals to codes and parameters; they know no paper and no cache."""

@@ -12,9 +12,7 @@ def quantise(x: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
-def fit_density(
-    density: Callable[[Tensor], Tensor], low: float, high: float, count: int
-) -> Tensor:
+def fit_density(density: Callable[[Tensor], Tensor], low: float, high: float, count: int) -> Tensor:
     """Levels `[count]` (float32) of the Lloyd-Max quantiser of an unnormalised density.
 
     Lloyd's iteration (1982) on a grid of 2**16 points over [low, high], float64, until the levels
@@ -39,7 +37,10 @@ def fit_density(
 
 @lru_cache
 def gaussian_levels(bits: int) -> Tensor:
-    """Lloyd-Max levels of N(0, 1), error 0.3634, 0.1175, 0.03454, 0.009497 at 1 to 4 bits (Max 1960)."""
+    """Lloyd-Max levels of N(0, 1).
+
+    Error 0.3634, 0.1175, 0.03454, 0.009497 at 1 to 4 bits (Max 1960).
+    """
     levels = fit_density(lambda x: torch.exp(-x * x / 2), -8.0, 8.0, 2**bits)
     return (levels - levels.flip(0)) / 2
 
@@ -63,15 +64,18 @@ def rayleigh_levels(bits: int) -> Tensor:
     return fit_density(lambda r: r * torch.exp(-r * r / 2), 0.0, 8.0, 2**bits)
 
 
-def fit_samples(samples: Tensor, count: int, iterations: int = 100) -> Tensor:
+def fit_samples(
+    samples: Tensor, count: int, iterations: int = 100, start: Tensor | None = None
+) -> Tensor:
     """Levels `[count]` (float32, ascending) of a one-dimensional k-means over `samples`.
 
-    Starts at quantiles; deterministic; an empty cell keeps its level.
+    Starts at quantiles, or at the ascending levels `start`: quantiles are too dense in the middle,
+    and 32 or more levels leave them slowly. Deterministic; an empty cell keeps its level.
     """
     x = samples.flatten().double().sort().values
     sums = torch.cat((x.new_zeros(1), x.cumsum(0)))
-    start = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(x)
-    levels = x[start.long().clamp(max=len(x) - 1)]
+    quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(x)
+    levels = x[quantiles.long().clamp(max=len(x) - 1)] if start is None else start.double()
     for _ in range(iterations):
         cuts = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
         edges = torch.cat((cuts.new_zeros(1), cuts, cuts.new_full((1,), len(x))))

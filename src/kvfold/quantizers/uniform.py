@@ -69,7 +69,7 @@ def fit_affine(
         weight: of the samples `[..., samples, 1]`.
         rounds: regressions of each start.
     """
-    top = (2.0**bits.to(x.dtype) - 1).unsqueeze(-2)
+    top = (2.0 ** bits.to(x.dtype) - 1).unsqueeze(-2)
     weight = torch.ones_like(x[..., :1]) if weight is None else weight
     weight = weight / weight.sum(-2, keepdim=True).clamp_min(1e-30)
     mean = (weight * x).sum(-2, keepdim=True)

@@ -1,0 +1,1 @@
+"""Invertible maps that make states easier to quantise."""
