@@ -33,6 +33,7 @@ from kvfold.integrations import collect, collect_fisher, models
 from kvfold.integrations.streaming import Session
 
 SINKS, WINDOW = 4, 64
+METHOD = Recipe()
 TARGETS = (4.0, 3.0, 2.5, 2.0, 1.5, 1.0)
 #: what design.md section 6 measured with prototypes: KL by form and code bits.
 BARS = {
@@ -102,13 +103,16 @@ class Log:
 
     @property
     def spent(self) -> float:
+        """Seconds since the start."""
         return time.time() - self.start
 
     @property
     def over(self) -> bool:
+        """Whether no new measurement should start."""
         return self.spent > self.seconds
 
     def row(self, **found: Any) -> None:
+        """Write one row."""
         found["at"] = round(self.spent, 1)
         self.file.write(json.dumps(found) + "\n")
         self.file.flush()
@@ -124,6 +128,7 @@ class NoGain(Fisher):
     """`fisher` with every gain 1, for the ablation; the byte is stored all the same."""
 
     def bind(self, site: Site, artefact: Any = None) -> BoundCodec:
+        """The codec with its gain bytes replaced."""
         bound = super().bind(site, artefact)
         bound.gain_bytes = lambda y: torch.full(y.shape[:-1], 128, device=y.device).short()
         return bound
@@ -142,56 +147,57 @@ class Variant:
     """
 
     name: str
-    recipe: Recipe = Recipe()
+    recipe: Recipe = METHOD
     knobs: dict[str, Any] = field(default_factory=dict)
     codec: type[Fisher] = Fisher
     collect: dict[str, Any] = field(default_factory=dict)
 
     def preset(self, bits: float, form: str) -> Preset:
+        """The variant at some bits in some form."""
         made = self.codec(float(bits), form, **self.knobs)
         return replace(preset_of(bits, form), keys=made, values=made)
 
 
 def variants() -> list[Variant]:
-    """The ablation first, then what might be better; cheap to add to."""
+    """The method, what might be better, and the ablation; cheap to add to."""
+    search = {"search": 4}
     return [
         Variant("base"),
+        # one change at a time
+        *(Variant(f"ridge {r:g}", Recipe(ridge=r)) for r in (1e-3, 1e-2, 1e-1, 0.3)),
+        Variant("reweigh 1", Recipe(reweigh=1)),
+        Variant("reweigh 2", Recipe(reweigh=2)),
+        Variant("measured", Recipe(measured=True)),
+        Variant("search 4", knobs=search),
+        Variant("value cost x2", Recipe(side_scale=(1.0, 2.0))),
+        # several together
+        *(
+            Variant(f"ridge {r:g} + reweigh {n}", Recipe(ridge=r, reweigh=n))
+            for r in (1e-2, 1e-1)
+            for n in (1, 2)
+        ),
+        *(
+            Variant(
+                f"ridge {r:g} + reweigh {n} + measured + search 4",
+                Recipe(ridge=r, reweigh=n, measured=True),
+                search,
+            )
+            for r in (1e-2, 3e-2, 1e-1)
+            for n in (1, 2)
+        ),
         # one ingredient removed at a time
         Variant("-key mean", Recipe(centred_keys=False)),
+        Variant("+value mean", Recipe(centred_values=True)),
+        Variant("+value mean, ridge 1e-3", Recipe(centred_values=True, ridge=1e-3)),
         Variant("-metric", Recipe(metric="plain")),
         Variant("-model budget: per layer", Recipe(scope="layer")),
         Variant("-model budget: per head", Recipe(scope="head")),
         Variant("-6 bits: at most 4", Recipe(max_bits=4)),
         Variant("-fitted levels", Recipe(fitted=False)),
         Variant("-gain", Recipe(gain=False), codec=NoGain),
-        # one change at a time
-        Variant("uncentred values", Recipe(centred_values=False)),
-        Variant("search 2", knobs={"search": 2}),
-        Variant("search 4", knobs={"search": 4}),
-        Variant("reweigh 1", Recipe(reweigh=1)),
-        Variant("reweigh 2", Recipe(reweigh=2)),
-        Variant("measured", Recipe(measured=True)),
-        Variant("weighted", Recipe(weighted=True)),
-        Variant("ridge 1e-2", Recipe(ridge=1e-2)),
-        Variant("ridge 1e-4", Recipe(ridge=1e-4)),
-        Variant("value cost x2", Recipe(side_scale=(1.0, 2.0))),
-        Variant("value cost x0.5", Recipe(side_scale=(1.0, 0.5))),
-        # several together
-        Variant("uncentred + reweigh 1", Recipe(reweigh=1, centred_values=False)),
-        Variant("reweigh 1 + search 4", Recipe(reweigh=1), {"search": 4}),
-        Variant("reweigh 1 + measured + search 4", Recipe(reweigh=1, measured=True), {"search": 4}),
-        Variant(
-            "reweigh 1 + measured + weighted + search 4",
-            Recipe(reweigh=1, measured=True, weighted=True),
-            {"search": 4},
-        ),
-        Variant(
-            "uncentred + reweigh 1 + measured + search 4",
-            Recipe(reweigh=1, measured=True, centred_values=False),
-            {"search": 4},
-        ),
         # other collections
         Variant("draws 4", collect={"draws": 4}),
+        Variant("draws 4, ridge 1e-3", Recipe(ridge=1e-3), collect={"draws": 4}),
         Variant("tile 32", knobs={"tile": 32}, collect={"tile": 32}),
         Variant("tile 64", knobs={"tile": 64}, collect={"tile": 64}),
     ]
@@ -215,6 +221,7 @@ class Bench:
     texts: dict[tuple, Windows] = field(default_factory=dict)
 
     def ids(self, text: str, context: int) -> Tensor:
+        """All whole windows of a text."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return torch.tensor(ids)[: len(ids) // context * context].view(-1, context)
 
@@ -274,11 +281,13 @@ class Bench:
         return self.found[name]
 
     def artefact(
-        self, statistics: Statistics, codecs: list[Fisher], recipe: Recipe = Recipe()
+        self, statistics: Statistics, codecs: list[Fisher], recipe: Recipe = METHOD
     ) -> Artefact:
+        """Tables of some codecs."""
         return collect_fisher.artefact(statistics, codecs, "fisher2", recipe, self.model.device)
 
     def score(self, stage: str, name: str, preset: Preset, artefact: Artefact, **more: Any) -> None:
+        """Measure and log one preset."""
         where = more.pop("windows", None) or self.windows("test")
         found = where.score(preset, artefact)
         codec = preset.keys
@@ -342,7 +351,7 @@ def ablation(bench: Bench) -> None:
                     name = json.dumps(variant.collect) if variant.collect else "base"
                     statistics = bench.statistics(name, **variant.collect)
                     made[key] = bench.artefact(statistics, [preset.keys], variant.recipe)
-                more = {"on": where, "recipe": repr(variant.recipe)}
+                more = {"on": where}
                 bench.score("variant", variant.name, preset, made[key], windows=windows, **more)
 
 
@@ -432,14 +441,14 @@ def main() -> None:
     add("--out", required=True, type=Path)
     add("--stages", default="base,variants", help=", ".join(STAGES))
     add("--only", default="", help="names of variants, commas between")
-    add("--forms", default="tile,pre", help="forms of the variants")
+    add("--forms", default="tile", help="forms of the variants")
     add("--bits", default="2", help="code bits of the variants, commas between")
     add("--windows", type=int, default=40)
     add("--tune", type=int, default=16)
     add("--calibration", type=int, default=16, help="windows to calibrate on")
     add("--context", type=int, default=2048, help="tokens of a calibration window")
     add("--rows", type=int, default=4, help="windows of one forward")
-    add("--seconds", type=float, default=440, help="no new measurement after so long")
+    add("--seconds", type=float, default=420, help="no new measurement after so long")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ def presets() -> str:
     narrow = {e["preset"]: e for e in catalogue(head_dim=64, num_kv_heads=3)}
     lines = ["| preset | bits at head_dim 128 / 64 | what | paper |", "|---|---|---|---|"]
     for name, preset in kvfold.presets().items():
-        bits = [f"{e[name]['bits_per_element']:.3g}" for e in (wide, narrow)]
+        found = [e[name]["bits_per_element"] for e in (wide, narrow)]
+        bits = ["-" if b is None else f"{b:.3g}" for b in found]
         paper = preset.keys.paper or "-"
         lines.append(f"| `{name}` | {bits[0]} / {bits[1]} | {preset.summary} | {paper} |")
     return "\n".join(lines)
@@ -44,8 +45,8 @@ def fidelity() -> str:
     c, rows = fidelity_rows()
     text = (
         f"SmolLM2-135M, {c['dtype']}, WikiText-2 test, {c['windows']} windows of {c['context']} "
-        f"tokens, {c['sinks']} sinks and {c['window']} recent tokens exact, every query reads codes "
-        f"({rows[0]['compressed_share']:.1%} of all pairs), uncompressed perplexity "
+        f"tokens, {c['sinks']} sinks and {c['window']} recent tokens exact; every query reads codes"
+        f" ({rows[0]['compressed_share']:.1%} of all pairs), uncompressed perplexity "
         f"{c['ppl']:.3f}, {c['device']}, commit `{(c['commit'] or '')[:10]}`.\n\n"
     )
     lines = ["| preset | bits | KL (nats) | KL p99 | top-1 | ΔPPL |", "|---|---|---|---|---|---|"]
@@ -66,7 +67,7 @@ def memory() -> str:
         rows = list(csv.DictReader(file))
     lines = [
         f"SmolLM2-135M in {rows[0]['dtype']}, {rows[0]['device']}; every allocated byte counted.\n",
-        "| preset | tokens | held / bfloat16 | pages | window | unused pool | peak while filling |",
+        "| preset | tokens | held / bf16 | pages | window | unused pool | peak while filling |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

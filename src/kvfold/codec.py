@@ -16,13 +16,15 @@ W works on the other side of the product and is applied once per page and query,
 A code for which no such W exists (pre-RoPE keys) reads as its decoded states.
 """
 
+import contextlib
 import difflib
+import functools
 import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +36,8 @@ from kvfold.transforms.rope import Rope
 if TYPE_CHECKING:
     from kvfold.calibration.artefact import Artefact
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Side = Literal["key", "value"]
 Fields = dict[str, Tensor]
 
@@ -383,6 +387,20 @@ def _load_catalogue() -> None:
 
 
 # --- helpers that several codecs share -------------------------------------------------------
+
+
+def exact_math(function: Callable[P, R]) -> Callable[P, R]:
+    """Run without gradients, and without autocast, which would make float32 products bfloat16."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad(), contextlib.ExitStack() as off:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    off.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
 
 
 def check_states(x: Tensor, what: str) -> None:

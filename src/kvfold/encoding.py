@@ -14,6 +14,7 @@ from kvfold.codec import (
     Side,
     Site,
     check_states,
+    exact_math,
     get,
 )
 from kvfold.transforms.rope import Rope
@@ -61,6 +62,7 @@ class Encoded:
         return x.cpu().numpy() if self.numpy else x
 
 
+@exact_math
 def encode(
     x: Tensor | np.ndarray,
     preset: str | Preset,

@@ -62,7 +62,8 @@ def states(*shape: int, seed: int = 70_002) -> Tensor:
 def test_gain_bytes_round_trip() -> None:
     table = fisher.gain_table()
     assert torch.equal(fisher.gain_byte(table), torch.arange(256).short())
-    assert table[128] == 1.0 and table[0] == 0.0
+    assert table[128] == 1.0
+    assert table[0] == 0.0
     ratio = (table[2:] / table[1:-1]).log2()
     assert (ratio - 1 / 16).abs().max() < 1e-5, f"{ratio}"
 
@@ -145,7 +146,8 @@ def test_attention_on_codes_is_attention_on_decoded_states(
     timeline.commit(step)
     last = timeline.plan(rows, 1, torch.ones(rows, 1, dtype=torch.bool), positions[:, -1:] + 1)
     view = store.append(*(states(rows, HEADS, 1, DIM, seed=s) for s in (70_005, 70_006)), last)
-    assert view is not None and min(view.folded) >= 3
+    assert view is not None
+    assert min(view.folded) >= 3
     q = states(rows, HEADS * group, 1, DIM, seed=70_007)
     found = paged.attend(q, view, scaling=0.2)
     expected = oracle_module.oracle(q, view, scaling=0.2)
@@ -185,7 +187,8 @@ def test_presets_store_their_bits_and_a_byte_per_token_and_head(bits: float) -> 
 
 def test_any_number_of_bits_is_a_preset() -> None:
     preset = kvfold.get("fisher2.3-pre")
-    assert preset.keys == Fisher(2.3, "pre") and preset.name == "fisher2.3-pre"
+    assert preset.keys == Fisher(2.3, "pre")
+    assert preset.name == "fisher2.3-pre"
     with pytest.raises(CodecError, match="at most 6 bits, not 9"):
         kvfold.get("fisher9")
     with pytest.raises(CodecError, match="unknown preset 'fisher2-past'"):

@@ -88,8 +88,10 @@ def test_noise_bits_are_the_tails_width() -> None:
     variances = torch.tensor([[1.0] * 8 + [1e-4] * 56])
     codec = Spectral(2.0, noise_bits=1, value_noise_bits=0)
     keys, values = (codec.widths(variances, side)[0][0] for side in ("key", "value"))
-    assert keys[8:].tolist() == [1] * 56 and keys[:8].sum() <= 48
-    assert values[8:].tolist() == [0] * 56 and values[:8].tolist() == [6] * 8
+    assert keys[8:].tolist() == [1] * 56
+    assert keys[:8].sum() <= 48
+    assert values[8:].tolist() == [0] * 56
+    assert values[:8].tolist() == [6] * 8
 
 
 def test_sketch_is_selective_and_costs_more_error() -> None:
@@ -106,9 +108,9 @@ def test_stated_errors() -> None:
         Spectral(3.0).bind(Site("key", 2, 64))
     with pytest.raises(CodecError, match="at most 6 bits, not 7"):
         Spectral(7.0)
+    codec = Spectral(3.0)
+    other = codec.example(Site("key", 2, 64))
     with pytest.raises(
         CodecError, match=r"are for \(2, 64\); the layer has \[heads, dim\] \(4, 64\)"
     ):
-        site = Site("key", 2, 64)
-        codec = Spectral(3.0)
-        codec.bind(Site("key", 4, 64), codec.example(site))
+        codec.bind(Site("key", 4, 64), other)

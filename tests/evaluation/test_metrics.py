@@ -54,3 +54,12 @@ def test_perplexity_delta_is_paired():
     # differences of 0 and 0.2: standard deviation 0.1414, over sqrt(2)
     assert error == pytest.approx(math.exp(0.1) * 0.1, rel=1e-5)
     assert perplexity_delta(base[:1] + 0.1, base[:1])[3] == "tokens"
+
+
+def test_the_catalogue_says_which_presets_do_not_fit_a_shape():
+    from kvfold.evaluation.report import catalogue
+
+    entries = {e["preset"]: e for e in catalogue(head_dim=80, num_kv_heads=2)}
+    assert entries["kivi2-g32"]["bits_per_element"] is None
+    assert "head_dim (80) must be a multiple" in entries["kivi2-g32"]["misfit"]
+    assert entries["turboquant4"]["bits_per_element"] == 4 + 16 / 80

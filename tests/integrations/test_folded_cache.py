@@ -12,7 +12,7 @@ import kvfold
 from kvfold.attention.oracle import oracle
 from kvfold.cache.timeline import CacheError
 from kvfold.codec import CodecError
-from kvfold.integrations import transformers as fold
+from kvfold.integrations import handles
 from kvfold.integrations.describe import UnsupportedError
 from kvfold.integrations.transformers import FoldedCache, FoldedWarning
 
@@ -61,8 +61,8 @@ def test_every_layer_attends_to_what_its_pages_hold(llama, prompt, name, monkeyp
         worst.append(((out - wanted).norm() / wanted.norm()).item())
         return out
 
-    attend = fold.attend
-    monkeypatch.setattr(fold, "attend", both)
+    attend = handles.attend
+    monkeypatch.setattr(handles, "attend", both)
     generate(llama, prompt, FoldedCache(llama, name, strict=True), left_padded(prompt), tokens=40)
     assert len(worst) == 3 * 39
     assert max(worst) < 1e-5, max(worst)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.store import Pages, View
-from kvfold.codec import BoundCodec, Query, Reading, Total
+from kvfold.codec import BoundCodec, Query, Reading, Total, exact_math
 
-#: elements of scores that one group may have; long prefills over packed history read fewer pages.
-SCORE_ELEMENTS = 1 << 22
+#: elements of scores at a time: long passes over packed history go in chunks of queries.
+SCORE_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 def score(query: Query, reading: Reading) -> Tensor:
@@ -56,7 +56,7 @@ def accumulate(p: Tensor, reading: Reading) -> Total:
     return Total(columns, gain, offset, one)
 
 
-@torch.no_grad()
+@exact_math
 def attend(
     q: Tensor,
     view: View,
@@ -75,8 +75,29 @@ def attend(
         sink_logits: `[query_heads]` logits that take part in the softmax and carry no value
             (GPT-OSS).
     """
+    rows, query_heads, queries, _ = q.shape
+    budget = SCORE_ELEMENTS.get(q.device.type, 1 << 23)
+    chunk = max(1, budget // (rows * query_heads * max(view.tokens.shape[1], view.store.ring_len)))
+    out = [
+        _attend(q[:, :, a : a + chunk], view, a, scaling, softcap, sink_logits, budget)
+        for a in range(0, queries, chunk)
+    ]
+    return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+def _attend(
+    q: Tensor,
+    view: View,
+    start: int,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    budget: int,
+) -> Tensor:
+    """`attend` for the queries from `start` on, as many as `q` has."""
     store = view.store
     rows, query_heads, queries, _ = q.shape
+    query_tokens = view.query_tokens[:, start : start + queries]
     heads = store.key.site.num_kv_heads
     group = query_heads // heads
     # [rows, heads, group * queries, dim]: a group's query heads share their key/value head
@@ -85,9 +106,7 @@ def attend(
     def cap(s: Tensor) -> Tensor:
         return s if softcap is None else softcap * torch.tanh(s / softcap)
 
-    seen = (view.tokens[:, None, :] >= 0) & (
-        view.tokens[:, None, :] <= view.query_tokens[:, :, None]
-    )
+    seen = (view.tokens[:, None, :] >= 0) & (view.tokens[:, None, :] <= query_tokens[:, :, None])
     seen = seen.repeat(1, group, 1)[:, None]  # [rows, 1, group * queries, exact]
     s = cap(q @ view.keys.float().mT).masked_fill(~seen, -torch.inf)
     top = s.amax(-1, keepdim=True)
@@ -106,15 +125,10 @@ def attend(
 
     most = max(view.folded, default=0)
     if most:
-        step = max(
-            1,
-            min(
-                store.group_blocks(rows),
-                SCORE_ELEMENTS // (s[..., 0].numel() * store.timeline.block),
-            ),
-        )
+        fitting = budget // (s[..., 0].numel() * store.timeline.block)
+        step = max(1, min(store.group_blocks(rows), fitting))
         total: Total | None = None
-        is_query = (view.query_tokens >= 0).repeat(1, group)[:, None, :, None]
+        is_query = (query_tokens >= 0).repeat(1, group)[:, None, :, None]
         shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
         for low in range(0, most, step):
             pages = store.pages(view, low, min(low + step, most))

@@ -19,9 +19,10 @@ class Pool:
 
     def reserve(self, pages: int) -> None:
         """Grow until page numbers below `pages` exist."""
+        shape = (self.slab_pages, self.page_bytes)
         while len(self.slabs) * self.slab_pages < pages:
-            shape = (self.slab_pages, self.page_bytes)
-            self.slabs.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+            with torch.inference_mode(False):
+                self.slabs.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
 
     def write(self, numbers: Sequence[int], pages: Tensor) -> None:
         """Store `pages` `[n, page_bytes]` under their numbers."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.cache.pool import Pool
 from kvfold.cache.timeline import Step, Timeline
-from kvfold.codec import BoundCodec, CodecError, check_states, page_layout
+from kvfold.codec import BoundCodec, CodecError, check_states, exact_math, page_layout
 
 #: elements of keys that one group of pages may decode to: the most extra memory of a walk.
 GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23, "mps": 1 << 21}
@@ -68,7 +68,7 @@ class LayerStore:
 
     # --- writing ---------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @exact_math
     def append(self, keys: Tensor, values: Tensor, step: Step) -> View | None:
         """Add the step's tokens, `[rows, heads, queries, dim]`, and fold what leaves the window.
 
@@ -103,11 +103,15 @@ class LayerStore:
 
     def _allocate(self, keys: Tensor, values: Tensor, step: Step) -> None:
         def empty(like: Tensor, tokens: int) -> Tensor:
-            return like.new_zeros(step.rows, like.shape[1], tokens, like.shape[3])
+            shape = (step.rows, like.shape[1], tokens, like.shape[3])
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-        self.sink_keys = empty(keys, self.timeline.sinks)
-        self.sink_values = empty(values, self.timeline.sinks)
-        self.ring_keys, self.ring_values = empty(keys, self.ring_len), empty(values, self.ring_len)
+        # not inference tensors: a prefix folded under inference_mode is continued elsewhere
+        with torch.inference_mode(False):
+            self.sink_keys = empty(keys, self.timeline.sinks)
+            self.sink_values = empty(values, self.timeline.sinks)
+            self.ring_keys = empty(keys, self.ring_len)
+            self.ring_values = empty(values, self.ring_len)
         self.pool = Pool(self.layout.nbytes, step.slab_pages, keys.device)
         self.is_allocated = True
 
@@ -160,10 +164,15 @@ class LayerStore:
                 (self.value, values, self.ring_values),
             ):
                 x = torch.stack([self._block(fresh, ring, step, r, m) for r, m, _ in due])
-                check_states(x, f"layer {bound.site.layer}: {bound.site.side}_states")
-                encoded = bound.encode(x, positions.to(device))
-                fields.append(bound.layout.join(encoded))
+                fields.append(self.encoded(bound, x, positions.to(device)))
             self.pool.write([n for _, _, n in due], torch.cat(fields, 1))
+
+    @staticmethod
+    @exact_math
+    def encoded(bound: BoundCodec, x: Tensor, positions: Tensor) -> Tensor:
+        """Bytes `[blocks, nbytes]` of blocks `[blocks, heads, block, dim]`."""
+        check_states(x, f"layer {bound.site.layer}: {bound.site.side}_states")
+        return bound.layout.join(bound.encode(x, positions))
 
     def _block(
         self, fresh: Tensor | None, ring: Tensor, step: Step, row: int, block: int
@@ -264,6 +273,7 @@ class LayerStore:
         start = first + self.timeline.sinks + blocks * self.timeline.block
         return start[:, None] + torch.arange(self.timeline.block)
 
+    @exact_math
     def decoded(self, view: View, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """All keys and values `[rows, heads, slots, dim]` of a view, in `dtype` or the model's own.
 
@@ -307,6 +317,18 @@ class LayerStore:
                 state = getattr(self, name)
                 setattr(self, name, state.index_select(0, rows.to(state.device)))
 
+    def copied(self, timeline: Timeline) -> "LayerStore":
+        """The same content with storage of its own, under another timeline; tables are shared."""
+        new = LayerStore(self.key, self.value, timeline)
+        if self.is_allocated:
+            for name in ("sink_keys", "sink_values", "ring_keys", "ring_values"):
+                setattr(new, name, getattr(self, name).clone())
+            new.pool = Pool(self.pool.page_bytes, self.pool.slab_pages, self.pool.device)
+            new.pool.slabs = [slab.clone() for slab in self.pool.slabs]
+            new.is_allocated = True
+        return new
+
+    @exact_math
     def reopen(self, row: int, block: int, number: int) -> None:
         """Decode one page back into the ring, where a crop has cut it."""
         page = self.pool.gather([number])

@@ -39,6 +39,7 @@ class Step:
         num_pages: page numbers in use or free after it, the size to which pools grow.
         slab_pages: pages of a slab.
         table: each row's page numbers; it grows in place, so readers keep to `folded` entries.
+        generation: the timeline's when the step was planned.
     """
 
     queries: int
@@ -53,6 +54,7 @@ class Step:
     num_pages: int
     slab_pages: int
     table: Sequence[Sequence[int]]
+    generation: int
 
     @property
     def rows(self) -> int:
@@ -95,6 +97,8 @@ class Timeline:
 
     def reset(self) -> None:
         """Forget every row."""
+        #: changes where tokens go or move, so that what was read before can be told to be stale
+        self.generation = getattr(self, "generation", 0) + 1
         self.slots = 0
         self.lengths: list[int] = []
         self.first: list[int] = []
@@ -155,7 +159,7 @@ class Timeline:
             for r in range(rows):
                 source[r, : count[r]] = mask[r].nonzero()[:, 0]
         first = self._first(start, count, queries, source, positions)
-        before = tuple(self.folded) or (0,) * rows
+        before = tuple(self.folded) if self.rows else (0,) * rows
         after = tuple(
             max(b, self.folded_at(s + c)) for b, s, c in zip(before, start, count, strict=True)
         )
@@ -167,7 +171,8 @@ class Timeline:
             )
         # block by block, so that the pages of a walk over blocks lie side by side
         due = sorted((m, r) for r in range(rows) for m in range(before[r], after[r]))
-        if not self.slab_pages:
+        if not self.rows:  # also after a first pass that failed before any layer was reached
+            self.free, self.num_pages = [], 0
             self.slab_pages = self.slab_blocks * rows
             self.table = [[] for _ in range(rows)]
         numbers = self._allocate(len(due))
@@ -187,6 +192,7 @@ class Timeline:
             self.num_pages,
             self.slab_pages,
             self.table,
+            self.generation,
         )
 
     def now(self) -> Step:
@@ -206,6 +212,7 @@ class Timeline:
             self.num_pages,
             self.slab_pages,
             self.table,
+            self.generation,
         )
 
     def commit(self, step: Step) -> None:
@@ -237,6 +244,10 @@ class Timeline:
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was; pages are shared, never copied."""
+        wrong = [r for r in rows if not 0 <= r < self.rows]
+        if wrong:
+            raise CacheError(f"no rows {wrong}; the cache holds rows 0 to {self.rows - 1}")
+        self.generation += 1
         self.lengths = [self.lengths[r] for r in rows]
         self.first = [self.first[r] for r in rows]
         self.table = [list(self.table[r]) for r in rows]
@@ -248,6 +259,7 @@ class Timeline:
         A block that is cut is decoded once, back into the hot window; blocks behind it are dropped.
         """
         reopened = []
+        self.generation += 1
         for r in range(self.rows):
             kept = sum(
                 min(max(slots - at, 0), self._run_length(r, i))
@@ -262,6 +274,27 @@ class Timeline:
                 self.table[r] = self.table[r][:whole]
         self.slots = min(self.slots, slots)
         return reopened
+
+    def check_mask(self, mask: Tensor, *, thorough: bool) -> None:
+        """Raise `CacheError` unless `mask` `[rows, slots]` marks exactly the cached tokens.
+
+        A padded batch is compared slot by slot only where `thorough`, by counts elsewhere.
+        """
+        if self.rows and self.unpadded:
+            same = bool(mask.all())
+        elif thorough and self.rows:
+            held = torch.zeros(mask.shape, dtype=torch.bool)
+            for r in range(self.rows):
+                held[r, self.slots_of(r)] = True
+            same = torch.equal(mask.cpu(), held)
+        else:
+            same = not self.rows or mask.sum(1).tolist() == self.lengths
+        if not same:
+            raise CacheError(
+                f"attention_mask marks {mask.sum(1).tolist()} cached tokens a row, or others than "
+                f"when they were cached; the cache holds {self.lengths}: cached tokens cannot be "
+                "masked later"
+            )
 
     def slots_of(self, row: int) -> Tensor:
         """`[tokens]` slot of each token of a row."""

@@ -212,7 +212,7 @@ class Transform:
     cost: Tensor
 
 
-def transform(covariance: Tensor, metric: Tensor, ridge: float = 1e-3) -> Transform:
+def transform(covariance: Tensor, metric: Tensor, ridge: float = 3e-2) -> Transform:
     """A = E^-1/2 U^T M^1/2 with M^1/2 S M^1/2 = U E U^T and M = G + ridge tr(G)/d I.
 
     Args:
@@ -296,7 +296,7 @@ def allocate(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How tables are fitted. The defaults are the method; other values take an ingredient away.
+    """How tables are fitted. The defaults are the method; other values change one ingredient.
 
     Args:
         ridge: share of the identity in the metric.
@@ -304,7 +304,8 @@ class Recipe:
         scope: what shares a bit budget.
         metric: `"fisher"`, or `"plain"` for the identity of each head's mean sensitivity.
         centred_keys: remove the mean key.
-        centred_values: remove the mean value.
+        centred_values: remove the mean value. Tokens that many queries look at in want of better
+            ones have values close to zero; an error of theirs in units of the mean costs more.
         reweigh: rounds in which moments are taken again in units of each token's gain, from the
             sampled tokens: S' = E[r r^T / g^2], G' = E[g^2 grad grad^T].
         measured: allocate by measured errors of each coordinate rather than the Gaussian's.
@@ -315,12 +316,12 @@ class Recipe:
         scale: factors on the costs by (layer, side), from an outer search.
     """
 
-    ridge: float = 1e-3
+    ridge: float = 3e-2
     max_bits: int = MAX_BITS
     scope: Literal["model", "layer", "head"] = "model"
     metric: Literal["fisher", "plain"] = "fisher"
     centred_keys: bool = True
-    centred_values: bool = True
+    centred_values: bool = False
     reweigh: int = 0
     measured: bool = False
     fitted: bool = True

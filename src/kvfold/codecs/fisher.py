@@ -53,9 +53,10 @@ class Fisher(Codec):
     - `post`: F_n = 1; queries are transformed once;
     - `pre`:  F_n = R_n^-1; keys are decoded before they are read.
 
-    Values have r = v - mu_v in every form. Widths of 0 to 6 bits come from one budget over all
-    layers, heads, keys and values. g, one byte a token and head, is the RMS of the coordinates
-    that have bits; it is rounded first, then y / g is coded. Byte 0 is the gain 0.
+    Values have r = v - mu_v in every form; mu_v is 0 unless the fit was asked to centre them.
+    Widths of 0 to 6 bits come from one budget over all layers, heads, keys and values. g, one byte
+    a token and head, is the RMS of the coordinates that have bits; it is rounded first, then y / g
+    is coded. Byte 0 is the gain 0.
 
     Args:
         bits: code bits per element, averaged over the model; gains add 8 / head_dim.
@@ -304,7 +305,7 @@ class BoundFisherKeys(BoundFisher):
         return super().read(fields, positions)
 
     def _turned(self, q: Tensor, positions: Tensor) -> Tensor:
-        """R_n0^-1 q at the start n0 of each run: q `[rows, H, 1, M, D]` to `[pages, H, runs, M, D]`."""
+        """R_n0^-1 q at each run's start: `[rows, H, 1, M, D]` to `[pages, H, runs, M, D]`."""
         starts = positions[:, :: self.tile, None]  # [pages, runs, 1]
         q = q.transpose(1, 2).expand(len(starts), starts.shape[1], -1, -1, -1)
         return self.rope.unrotate(q, starts).transpose(1, 2)

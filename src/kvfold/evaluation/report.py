@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvfold.codec import Preset, presets
+from kvfold.codec import CodecError, Preset, presets
 
 #: below this share of cold reads a fidelity figure says little about the code.
 QUOTABLE_SHARE = 0.9
@@ -119,16 +119,23 @@ def catalogue(
     """One entry a preset: name, bits per element, papers, what it needs, a summary.
 
     `bits_per_element` is computed from the layout at this shape; where widths come from calibration
-    it is that of the codec's example.
+    it is that of the codec's example. It is None, and `misfit` says why, where a preset does not
+    fit the shape.
     """
     shape = {"head_dim": head_dim, "num_kv_heads": num_kv_heads, "block_len": block_len}
     entries = []
     for preset in presets().values():
+        bits, misfit = None, ""
+        try:
+            bits = preset.bits_per_element(**shape)
+        except CodecError as error:
+            misfit = str(error)
         papers = [codec.paper for codec in (preset.keys, preset.values) if codec.paper]
         entries.append(
             {
                 "preset": preset.name,
-                "bits_per_element": preset.bits_per_element(**shape),
+                "bits_per_element": bits,
+                "misfit": misfit,
                 "paper": "; ".join(dict.fromkeys(papers)),
                 "needs": _needs(preset),
                 "summary": preset.summary,
@@ -147,10 +154,10 @@ def catalogue_table(entries: list[dict[str, Any]], title: str) -> Table:
     for entry in entries:
         table.add_row(
             entry["preset"],
-            f"{entry['bits_per_element']:.2f}",
+            "-" if entry["misfit"] else f"{entry['bits_per_element']:.2f}",
             entry["paper"],
             ", ".join(entry["needs"]),
-            entry["summary"],
+            f"does not fit: {entry['misfit']}" if entry["misfit"] else entry["summary"],
         )
     return table
 

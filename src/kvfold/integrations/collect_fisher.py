@@ -488,7 +488,7 @@ def _activation_bytes(model: nn.Module, layers: dict[int, LayerInfo], tokens: in
     return config.num_hidden_layers * tokens * (8 * hidden + 4 * inner) * size
 
 
-# --- from text to artefact -------------------------------------------------------------------------
+# --- from text to artefact -------------------------------------------------------------------
 
 
 def calibrate(

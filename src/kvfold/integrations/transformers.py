@@ -1,22 +1,13 @@
 """`FoldedCache`: the packed cache as a transformers cache, for `generate(past_key_values=...)`.
 
-How it fits in, without any patch that outlives a forward pass:
-
-- the first pass of a batch returns the exact keys and values, so that prefill runs in the model's
-  own kernel, and folds them;
-- later passes return *handles*, tensors without storage that know their pages. While such a pass
-  runs, the model's attention implementation is `"kvfold"` (registered with transformers'
-  `AttentionInterface`), which reads the codes; before and after it is what the user chose;
-- any other operator that touches a handle gets the decoded states, with one warning, or an error
-  under `strict=True`.
-
-One pair of hooks on the model's decoder brings positions and padding; they act only for passes that
-carry this cache, and vanish with it.
+How it fits in, without any patch that outlives a forward pass: the first pass of a batch returns
+the exact keys and values, so that prefill runs in the model's own kernel, and folds them; later
+passes return handles (`handles.py`), which the attention that `hooks.py` names reads as codes.
 """
 
+import copy
 import inspect
 import threading
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,19 +15,11 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    DynamicCache,
-    PreTrainedConfig,
-)
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import sdpa_mask
 
-from kvfold.attention.paged import attend
 from kvfold.cache.config import CacheConfig
-from kvfold.cache.store import LayerStore, View
+from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import CacheError, Step, Timeline
 from kvfold.calibration.artefact import Artefact
 from kvfold.codec import Preset, Site, page_layout
@@ -47,147 +30,10 @@ from kvfold.integrations.describe import (
     describe,
     model_hash,
 )
+from kvfold.integrations.handles import FoldedStates, FoldedWarning, Notices
+from kvfold.integrations.hooks import Hooks
 
-NAME = "kvfold"
-
-
-class FoldedWarning(UserWarning):
-    """A slow or decoding path was taken; the message names the reason."""
-
-
-# --- handles ---------------------------------------------------------------------------------
-
-
-class FoldedStates(torch.Tensor):
-    """Keys or values of a layer as a tensor without storage: `[rows, kv_heads, slots, head_dim]`.
-
-    `kvfold`'s attention reads the pages behind it; every other operator gets the decoded states.
-    """
-
-    view_of: View
-    side: str
-    memo: dict[str, Tensor]
-    notice: Any
-
-    @staticmethod
-    def pair(view: View, notice: Any) -> "tuple[FoldedStates, FoldedStates]":
-        """The handles of a view's keys and values; `notice(op)` is called before decoding."""
-        memo: dict[str, Tensor] = {}
-        handles = []
-        for side, states in (("key", view.keys), ("value", view.values)):
-            slots = view.step.slots + view.step.queries
-            shape = (*states.shape[:2], slots, states.shape[3])
-            handle = torch.Tensor._make_wrapper_subclass(
-                FoldedStates, shape, dtype=states.dtype, device=states.device
-            )
-            handle.view_of, handle.side, handle.memo, handle.notice = view, side, memo, notice
-            handles.append(handle)
-        return handles[0], handles[1]
-
-    def decoded(self) -> Tensor:
-        """The states as an ordinary tensor, decoded once for both handles of a pass."""
-        if not self.memo:
-            view = self.view_of
-            self.memo["key"], self.memo["value"] = view.store.decoded(view)
-        return self.memo[self.side]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Decode, then run the operator on ordinary tensors."""
-
-        def plain(x: Any) -> Any:
-            if isinstance(x, FoldedStates):
-                x.notice(func)
-                return x.decoded()
-            return x
-
-        args, kwargs = tree_map(plain, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"FoldedStates({self.side}, shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
-# --- attention -------------------------------------------------------------------------------
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls while a folded pass runs.
-
-    Handles are read from their codes. Ordinary keys and values (sliding-window layers keep their
-    own cache) go through SDPA, or through an exact softmax where a soft-cap or sink logits ask.
-    """
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
-    if kwargs.get("output_attentions"):
-        raise UnsupportedError("attention weights are not kept when attention reads packed pages")
-    if isinstance(key, FoldedStates):
-        view = key.view_of
-        _check_mask(attention_mask, view)
-        out = attend(query, view, scaling=factor, softcap=softcap, sink_logits=sink_logits)
-        return out.to(query.dtype).transpose(1, 2).contiguous(), None
-    if softcap is None and sink_logits is None:
-        sdpa = cast(Any, AttentionInterface())["sdpa"]
-        return sdpa(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=factor, **kwargs
-        )
-    return _exact(query, key, value, attention_mask, factor, softcap, sink_logits), None
-
-
-def _check_mask(mask: Tensor | None, view: View) -> None:
-    """Refuse masks that are not plain causal ones over the tokens of each row."""
-    if mask is None or view.step.queries == 1:
-        return
-    seen = int((view.query_tokens + 1).sum())
-    found = int((mask if mask.dtype == torch.bool else mask >= 0).sum())
-    padding = int((view.query_tokens < 0).sum())
-    rows = view.step.rows if mask.shape[0] == 1 else 1
-    # transformers lets padding queries see everything or nothing, so they are not counted
-    if not padding and found * rows != seen * mask.shape[1]:
-        raise UnsupportedError(
-            f"the attention mask lets queries see {found} keys, plain causal attention {seen}; "
-            "tree, bidirectional and custom masks are not supported on packed pages"
-        )
-
-
-def _exact(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    s = query @ key.mT * scaling
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    if mask is not None:
-        mask = mask[..., : key.shape[-2]]
-        s = s.masked_fill(~mask, torch.finfo(s.dtype).min) if mask.dtype == torch.bool else s + mask
-    elif query.shape[2] > 1:
-        causal = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
-        s = s.masked_fill(~causal.tril(s.shape[-1] - s.shape[-2]), torch.finfo(s.dtype).min)
-    if sink_logits is not None:
-        extra = sink_logits.reshape(1, -1, 1, 1).expand(*s.shape[:3], 1).to(s.dtype)
-        s = torch.cat((s, extra), -1)
-    p = s.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (p[..., : key.shape[-2]] @ value).transpose(1, 2).contiguous()
-
-
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+__all__ = ["FoldedCache", "FoldedLayer", "FoldedWarning"]
 
 
 # --- layers ----------------------------------------------------------------------------------
@@ -260,12 +106,12 @@ class FoldedLayer(DynamicLayer):
         self.step = step
         if view is None:
             return key_states, value_states
-        return FoldedStates.pair(view, self.cache.notice)
+        return FoldedStates.pair(view, self.cache.notices)
 
     def _handles(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         if self.store is None or not self.cache.timeline.rows:
             return None, None
-        return FoldedStates.pair(self.store.view_now(), self.cache.notice)
+        return FoldedStates.pair(self.store.view_now(), self.cache.notices)
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -380,6 +226,16 @@ class FoldedCache(DynamicCache):
     ) -> None:
         if isinstance(preset, CacheConfig):
             config = preset
+            given = {"keys": keys, "values": values, "overrides": overrides, "sinks": sinks}
+            given |= {"window": window, "block": block, "max_tokens": max_tokens}
+            given |= {"slab_blocks": slab_blocks, "strict": strict, "artefact": artefact}
+            defaults = inspect.signature(FoldedCache.__init__).parameters
+            both = [name for name, value in given.items() if value != defaults[name].default]
+            if both:
+                raise CacheError(
+                    f"{', '.join(both)} given beside a CacheConfig: put them into the config "
+                    "(dataclasses.replace)"
+                )
         else:
             if artefact is not None and not isinstance(artefact, Artefact):
                 artefact = Artefact.load(artefact)
@@ -402,11 +258,23 @@ class FoldedCache(DynamicCache):
             raise CacheError(
                 f"overrides name layers {unknown}; the model has layers 0 to {infos[-1].index}"
             )
+        not_full = {
+            i.index: i.kind
+            for i in infos
+            if i.index in config.overrides and i.kind != "full_attention"
+        }
+        if not_full:
+            raise CacheError(
+                f"overrides name layers that keep transformers' own cache: {not_full}; only "
+                "full_attention layers are compressed"
+            )
         config.check_artefact(lambda: model_hash(model))
         self.config = config
         self.dtype = next(model.parameters()).dtype
         self._model_config = cast(PreTrainedConfig, model.config)
-        self._infos = {info.index: info for info in infos}
+        # without the modules: the cache does not keep the weights alive
+        self._infos = {info.index: replace(info, module=cast(Any, None)) for info in infos}
+        self._model = weakref.ref(model)
         limit = getattr(decoder(model).config, "max_position_embeddings", None)
         self.timeline = Timeline(
             config.sinks,
@@ -417,11 +285,11 @@ class FoldedCache(DynamicCache):
         )
         self.step: Step | None = None
         self._failed = False
-        self._warned = False
         self._lock = threading.Lock()
+        self.notices = Notices(config.strict)
         self._bypass = bypass
         self._set_layers()
-        _Hooks(self, model)
+        self._hooks = Hooks(self, model)
 
     def _set_layers(self) -> None:
         super().__init__(config=self._model_config)
@@ -489,7 +357,14 @@ class FoldedCache(DynamicCache):
             for layer in filled
         ]
         sample = next(pair[0] for pair, to in zip(pairs, new.layers, strict=True) if _is_folded(to))
+        if sample is None or not sample.numel():
+            raise CacheError("the cache is empty; a FoldedCache needs no filled one to start from")
         rows, _, slots, _ = sample.shape
+        if attention_mask is not None and attention_mask.shape != (rows, slots):
+            raise CacheError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; the cache holds "
+                f"[rows, slots] = {(rows, slots)}"
+            )
         valid = None if attention_mask is None else attention_mask.bool()
         if position_ids is None and valid is not None:
             position_ids = (valid.long().cumsum(1) - 1).clamp_min(0)
@@ -499,14 +374,14 @@ class FoldedCache(DynamicCache):
             if _is_folded(target):
                 target.update(*pairs[index])
             elif type(source) is type(target):
-                new.layers[index] = source
+                new.layers[index] = copy.deepcopy(source)
             else:
                 raise CacheError(
                     f"layer {index} is a {type(target).__name__} and cannot be taken from a "
                     f"{type(source).__name__}"
                 )
         new.timeline.commit(step)
-        new.step = None
+        new.end_step()
         return new
 
     # --- one pass ------------------------------------------------------------------------------
@@ -536,14 +411,8 @@ class FoldedCache(DynamicCache):
                         f"attention_mask has shape {tuple(mask.shape)}; [{rows}, {slots + queries}]"
                         f" = rows and cached ({slots}) plus new ({queries}) slots is expected"
                     )
+                self.timeline.check_mask(mask[:, :slots].bool(), thorough=queries > 1)
                 valid = mask[:, slots:].bool()
-                if (slots and queries > 1) or (slots and not self.timeline.unpadded):
-                    held = mask[:, :slots].bool().sum(1).tolist()
-                    if held != self.timeline.lengths:
-                        raise CacheError(
-                            f"attention_mask marks {held} cached tokens a row, the cache holds "
-                            f"{self.timeline.lengths}: cached tokens cannot be masked later"
-                        )
             elif slots and not self.timeline.unpadded:
                 raise CacheError(
                     "the cache holds padded rows and this pass has no attention_mask; pass "
@@ -555,29 +424,23 @@ class FoldedCache(DynamicCache):
             raise
 
     def end(self, failed: bool) -> None:
-        """Commit a forward pass, or mark the cache as failed."""
-        step, self.step = self.step, None
+        """Commit a forward pass, or mark the cache as failed; called by the hook after it."""
+        step = self.step
         if step is not None:
-            updated = [layer.step is step for layer in self.folded_layers]
-            if failed:
-                self._failed = any(updated) or bool(step.pages)
-            elif any(updated):
+            updated = any(layer.step is step for layer in self.folded_layers)
+            if not failed and updated:
                 self.timeline.commit(step)
-        self._lock.release()
+            elif updated or step.pages:
+                self._failed = True
+        self.end_step()
+        if self._lock.locked():
+            self._lock.release()
 
-    def notice(self, operator: Any) -> None:
-        """Say that a handle is about to be decoded: an error under `strict`, else one warning."""
-        message = (
-            f"operator {operator} touched a FoldedCache handle: the whole history of a layer is "
-            "decoded for it, which costs the memory and time that kvfold saves. This happens when "
-            "a model does not use transformers' attention interface, or when keys and values are "
-            "read directly"
-        )
-        if self.config.strict:
-            raise UnsupportedError(message + " (strict=True)")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, FoldedWarning, stacklevel=3)
+    def end_step(self) -> None:
+        """Let go of the pass under way."""
+        self.step = None
+        for layer in self.folded_layers:
+            layer.step = None
 
     # --- what it holds -------------------------------------------------------------------------
 
@@ -630,15 +493,19 @@ class FoldedCache(DynamicCache):
     def uncompressed_nbytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the same tokens in an uncompressed cache of `dtype` (padding not counted)."""
         tokens = sum(self.timeline.lengths)
-        elements = sum(
+        elements = tokens * sum(
             layer.info.num_kv_heads * (layer.info.key_dim + layer.info.value_dim)
             for layer in self.folded_layers
         )
-        return tokens * elements * dtype.itemsize + self.nbytes()["exact_layers"]
+        exact = (layer for layer in self.layers if not _is_folded(layer))
+        elements += sum(t.numel() for layer in exact for t in _tensors(layer))
+        return elements * dtype.itemsize
 
     def bits_per_element(self) -> float:
         """Stored bits of full pages over their elements, all compressed layers together."""
         layouts = []
+        if self._bypass:
+            return 8.0 * self.dtype.itemsize
         for layer in self.folded_layers:
             store = layer.store or layer.bind(torch.device("cpu"), self.dtype)
             layouts.append(page_layout(store.key, store.value))
@@ -673,47 +540,78 @@ class FoldedCache(DynamicCache):
     # --- what generation does to it ------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget every token and free the pages."""
+        """Forget every token and free the pages; also after a pass that failed or was stopped."""
+        self._hooks.abort()
         self.timeline.reset()
         self.step, self._failed = None, False
-        super().reset()
+        self._set_layers()
 
     def crop(self, max_length: int) -> None:  # type: ignore[override]
         """Keep the first `max_length` slots, or drop `-max_length` where it is not positive.
 
         A page that is cut is decoded once, back into the exact window.
         """
-        held = self.get_seq_length()
         max_length = int(max_length)  # assisted decoding counts with tensors
+        held = self.get_seq_length()
         keep = min(max_length, held) if max_length > 0 else max(0, held - abs(max_length))
-        tables = [list(row) for row in self.timeline.table]
-        reopened = self.timeline.crop(keep)
-        for layer in self.layers:
+        for layer in self.layers:  # first, since a sliding layer past its window refuses
             if not _is_folded(layer):
                 layer.crop(max_length)
-            elif layer.store is not None:
+        tables = [list(row) for row in self.timeline.table]
+        reopened = self.timeline.crop(keep)
+        for layer in self.folded_layers:
+            if layer.store is not None:
                 for row, block in reopened:
                     layer.store.reopen(row, block, tables[row][block])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row `beam_idx[i]`; pages are shared, never copied."""
-        self._select(beam_idx)
+        self._rows("reorder_cache", beam_idx, beam_idx.cpu())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times; pages are shared, never copied."""
-        self._select(torch.arange(self.timeline.rows).repeat_interleave(repeats))
+        rows = torch.arange(self.timeline.rows).repeat_interleave(repeats)
+        self._rows("batch_repeat_interleave", repeats, rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        self._select(torch.arange(self.timeline.rows)[indices.cpu()])
+        held = torch.arange(self.timeline.rows)
+        rows = held[indices.cpu()] if self.timeline.rows else held
+        self._rows("batch_select_indices", indices, rows)
 
-    def _select(self, rows: Tensor) -> None:
-        self.timeline.select(rows.tolist())
+    def _rows(self, operation: str, argument: Any, rows: Tensor) -> None:
+        """Apply a row operation: `rows` are the old rows of the new ones."""
         for layer in self.layers:
             if not _is_folded(layer):
-                layer.batch_select_indices(rows.to(layer.keys.device))
-            elif layer.store is not None:
+                if not hasattr(layer, operation):
+                    raise UnsupportedError(f"{type(layer).__name__} has no {operation}")
+                getattr(layer, operation)(argument)
+        if self._bypass or not self.timeline.rows:
+            return
+        self.timeline.select(rows.tolist())
+        for layer in self.folded_layers:
+            if layer.store is not None:
                 layer.store.select(rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FoldedCache":
+        """A cache of its own for the same model, with copies of all pages."""
+        model = self._model()
+        if model is None:
+            raise CacheError("the model of this FoldedCache is gone; it cannot be copied")
+        new = FoldedCache(model, self.config, bypass=self._bypass)
+        new.timeline = copy.deepcopy(self.timeline, memo)
+        for index, layer in enumerate(self.layers):
+            if not _is_folded(layer):
+                new.layers[index] = copy.deepcopy(layer, memo)
+            elif layer.store is not None:
+                target = new.layers[index]
+                target.dtype, target.device, target.is_initialized = layer.dtype, layer.device, True
+                target.store = layer.store.copied(new.timeline)
+        return new
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled: a cache belongs to a model in this process."""
+        raise CacheError("a FoldedCache cannot be pickled; pickle its config (cache.config)")
 
 
 def _is_folded(layer: Any) -> TypeGuard[FoldedLayer]:
@@ -748,63 +646,3 @@ def _tensors(thing: Any, seen: set[int] | None = None) -> list[Tensor]:
     else:
         inside = vars(thing).values() if hasattr(thing, "__dict__") else ()
     return [t for item in inside for t in _tensors(item, seen)]
-
-
-# --- hooks -----------------------------------------------------------------------------------
-
-
-class _Hooks:
-    """The hooks of one cache on its model's decoder; they go when the cache goes."""
-
-    def __init__(self, cache: FoldedCache, model: nn.Module) -> None:
-        base = decoder(model)
-        self.cache = weakref.ref(cache)
-        self.signature = inspect.signature(base.forward)
-        self.configs = _attention_configs(base)
-        self.restore: list[tuple[Any, str | None]] = []
-        self.active: int | None = None  # thread of the pass under way
-        handles = (
-            base.register_forward_pre_hook(self.before, with_kwargs=True),
-            base.register_forward_hook(self.after, with_kwargs=True, always_call=True),
-        )
-        weakref.finalize(cache, lambda: [handle.remove() for handle in handles])
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = self.cache()
-        given = self.signature.bind_partial(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
-        if cache is None or given.get("past_key_values") is not cache or cache.bypass:
-            return
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None:
-            return  # the model's own error is clearer
-        rows, queries = tokens.shape[:2]
-        cache.begin(queries, rows, given.get("attention_mask"), given.get("position_ids"))
-        self.active = threading.get_ident()
-        if cache.step is not None and not cache.step.is_first:
-            for config in self.configs:
-                self.restore.append((config, config._attn_implementation_internal))
-                config._attn_implementation_internal = NAME
-
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # also called where `before` has refused the pass of another thread
-        if self.active != threading.get_ident():
-            return
-        self.active = None
-        for config, implementation in reversed(self.restore):
-            config._attn_implementation_internal = implementation
-        self.restore.clear()
-        cache = self.cache()
-        if cache is not None:
-            cache.end(failed=output is None)
-
-
-def _attention_configs(base: nn.Module) -> list[Any]:
-    """The configs whose attention implementation the decoder and its layers read."""
-    found: dict[int, Any] = {}
-    for module in base.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
