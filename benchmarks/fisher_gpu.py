@@ -160,46 +160,25 @@ class Variant:
 
 def variants() -> list[Variant]:
     """The method, what might be better, and the ablation; cheap to add to."""
-    search = {"search": 4}
     return [
-        Variant("base"),
-        # one change at a time
-        *(Variant(f"ridge {r:g}", Recipe(ridge=r)) for r in (1e-3, 1e-2, 1e-1, 0.3)),
-        Variant("reweigh 1", Recipe(reweigh=1)),
-        Variant("reweigh 2", Recipe(reweigh=2)),
-        Variant("measured", Recipe(measured=True)),
-        Variant("search 4", knobs=search),
-        Variant("value cost x2", Recipe(side_scale=(1.0, 2.0))),
-        # several together
-        *(
-            Variant(f"ridge {r:g} + reweigh {n}", Recipe(ridge=r, reweigh=n))
-            for r in (1e-2, 1e-1)
-            for n in (1, 2)
-        ),
-        *(
-            Variant(
-                f"ridge {r:g} + reweigh {n} + measured + search 4",
-                Recipe(ridge=r, reweigh=n, measured=True),
-                search,
-            )
-            for r in (1e-2, 3e-2, 1e-1)
-            for n in (1, 2)
-        ),
+        Variant("method"),
         # one ingredient removed at a time
+        Variant("-gain search", knobs={"search": 0}),
+        Variant("-reweighing by gains", Recipe(reweigh=0)),
+        Variant("-measured errors", Recipe(measured=False)),
+        Variant("-ridge 3e-2: 1e-3", Recipe(ridge=1e-3)),
+        Variant("-uncentred values", Recipe(centred_values=True)),
         Variant("-key mean", Recipe(centred_keys=False)),
-        Variant("+value mean", Recipe(centred_values=True)),
-        Variant("+value mean, ridge 1e-3", Recipe(centred_values=True, ridge=1e-3)),
-        Variant("-metric", Recipe(metric="plain")),
-        Variant("-model budget: per layer", Recipe(scope="layer")),
-        Variant("-model budget: per head", Recipe(scope="head")),
+        Variant("-Fisher metric", Recipe(metric="plain")),
+        Variant("-one budget: per layer", Recipe(scope="layer")),
+        Variant("-one budget: per head", Recipe(scope="head")),
         Variant("-6 bits: at most 4", Recipe(max_bits=4)),
         Variant("-fitted levels", Recipe(fitted=False)),
         Variant("-gain", Recipe(gain=False), codec=NoGain),
-        # other collections
-        Variant("draws 4", collect={"draws": 4}),
-        Variant("draws 4, ridge 1e-3", Recipe(ridge=1e-3), collect={"draws": 4}),
+        # what else might be better
+        Variant("gain search 8", knobs={"search": 8}),
+        Variant("reweighing twice", Recipe(reweigh=2)),
         Variant("tile 32", knobs={"tile": 32}, collect={"tile": 32}),
-        Variant("tile 64", knobs={"tile": 64}, collect={"tile": 64}),
     ]
 
 
@@ -339,7 +318,7 @@ def ablation(bench: Bench) -> None:
     wanted = [v for v in variants() if not bench.args.only or v.name in bench.args.only.split(",")]
     cases = [(f, float(b)) for f in bench.args.forms.split(",") for b in bench.args.bits.split(",")]
     made: dict[tuple, Artefact] = {}
-    for where in ("tune", "test"):
+    for where in bench.args.on.split(","):
         windows = bench.windows(where)
         for variant in wanted:
             if bench.log.over:
@@ -443,6 +422,7 @@ def main() -> None:
     add("--only", default="", help="names of variants, commas between")
     add("--forms", default="tile", help="forms of the variants")
     add("--bits", default="2", help="code bits of the variants, commas between")
+    add("--on", default="tune,test", help="texts that variants are scored on")
     add("--windows", type=int, default=40)
     add("--tune", type=int, default=16)
     add("--calibration", type=int, default=16, help="windows to calibrate on")

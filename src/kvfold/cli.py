@@ -228,6 +228,8 @@ def calibrate(
             raise CommandError(f"--bits is for fisher presets; {preset} has a width of its own")
         dims = [i.key_dim for i in describe(loaded) if i.kind == "full_attention"]
         chosen = fisher.preset_of(round(bits - 8 * len(dims) / sum(dims), 4), chosen.keys.form)
+    from kvfold.integrations import artefacts
+
     with _progress("calibrating") as advance:
         artefact = collect.calibrate(
             loaded,
@@ -242,7 +244,7 @@ def calibrate(
             data_name=text.name,
             progress=lambda done, total: advance(done, total, ""),
         )
-    target = out or _artefacts() / artefact.header["model_hash"] / f"{chosen.name}.safetensors"
+    target = out or artefacts.folder(artefact.header["model_hash"]) / f"{chosen.name}.safetensors"
     artefact.save(target)
     typer.echo(
         f"{target}: {len(artefact.tensors)} tables of {chosen.name} from "
@@ -297,21 +299,10 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return load(model, dtype=getattr(torch, dtype), device=device)
 
 
-def _artefacts() -> Path:
-    from kvfold.integrations.models import cache_dir
-
-    return cache_dir() / "artefacts"
-
-
 def _found(model: Any) -> Iterator[Any]:
-    """The artefacts of a model that `kvfold calibrate` left in their usual place."""
-    from kvfold.calibration.artefact import Artefact
-    from kvfold.integrations.describe import model_hash
+    from kvfold.integrations import artefacts
 
-    folder = _artefacts()
-    if folder.is_dir():
-        found = model_hash(model)
-        yield from Artefact.find(folder / found, found)
+    return artefacts.found(model)
 
 
 def _console(**more: Any) -> Console:

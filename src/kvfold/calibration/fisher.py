@@ -322,8 +322,8 @@ class Recipe:
     metric: Literal["fisher", "plain"] = "fisher"
     centred_keys: bool = True
     centred_values: bool = False
-    reweigh: int = 0
-    measured: bool = False
+    reweigh: int = 1
+    measured: bool = True
     fitted: bool = True
     gain: bool = True
     weighted: bool = False

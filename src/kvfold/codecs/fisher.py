@@ -71,7 +71,7 @@ class Fisher(Codec):
     bits: float = 2.0
     form: Form = "tile"
     tile: int = 128
-    search: int = 0
+    search: int = 4
 
     paper = "kvfold, design notes section 6"
 

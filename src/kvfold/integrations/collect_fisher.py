@@ -284,7 +284,7 @@ def collect(
     sinks: int = 4,
     window: int = 64,
     tile: int = 128,
-    samples: int = 4096,
+    samples: int = 8192,
     draws: int = 1,
     seed: int = 0,
     conditions: dict[str, Any] | None = None,

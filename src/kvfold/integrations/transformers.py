@@ -23,6 +23,7 @@ from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import CacheError, Step, Timeline
 from kvfold.calibration.artefact import Artefact
 from kvfold.codec import Preset, Site, page_layout
+from kvfold.integrations.artefacts import for_preset
 from kvfold.integrations.describe import (
     LayerInfo,
     UnsupportedError,
@@ -196,7 +197,8 @@ class FoldedCache(DynamicCache):
         max_tokens: longest sequence of a row; None for the model's own limit.
         slab_blocks: blocks of each row by which the page pool grows.
         strict: raise where a handle would be decoded; else one warning names the operator.
-        artefact: an `Artefact` or the path of one.
+        artefact: an `Artefact` or the path of one; by default, for presets that require one, what
+            `kvfold calibrate` left for this model or kvfold ships (the demo model's).
         bypass: store everything exactly, as the stock cache does.
 
     Raises:
@@ -268,6 +270,13 @@ class FoldedCache(DynamicCache):
                 f"overrides name layers that keep transformers' own cache: {not_full}; only "
                 "full_attention layers are compressed"
             )
+        needy = [
+            preset
+            for preset in (config.preset_of(layer) for layer in (None, *config.overrides))
+            if "required" in (preset.keys.artefact, preset.values.artefact)
+        ]
+        if needy and config.artefact is None:
+            config = replace(config, artefact=for_preset(model, needy[0]))
         config.check_artefact(lambda: model_hash(model))
         self.config = config
         self.dtype = next(model.parameters()).dtype
