@@ -29,6 +29,7 @@ from kvfold.calibration.fisher import Recipe, Statistics
 from kvfold.codec import BoundCodec, Preset, Site, presets
 from kvfold.codecs.fisher import FORMS, Fisher, preset_of
 from kvfold.evaluation.metrics import perplexity_delta, quantile, token_scores
+from kvfold.evaluation.perplexity import environment
 from kvfold.integrations import collect, collect_fisher, models
 from kvfold.integrations.streaming import Session
 
@@ -437,7 +438,7 @@ def main() -> None:
     model, tokenizer = models.load(args.model, dtype=torch.float32, device=args.device)
     valid = Path(args.valid).read_text(encoding="utf-8").replace("<unk>", "")
     test = Path(args.test).read_text(encoding="utf-8")
-    log.row(what="start", torch=torch.__version__, args=repr(vars(args)))
+    log.row(what="start", **environment(torch.device(args.device)), args=repr(vars(args)))
     bench = Bench(model, tokenizer, valid, test, log, args.out, args)
     for stage in args.stages.split(","):
         STAGES[stage](bench)

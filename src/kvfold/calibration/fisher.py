@@ -322,8 +322,8 @@ class Recipe:
     metric: Literal["fisher", "plain"] = "fisher"
     centred_keys: bool = True
     centred_values: bool = False
-    reweigh: int = 1
-    measured: bool = True
+    reweigh: int = 0
+    measured: bool = False
     fitted: bool = True
     gain: bool = True
     weighted: bool = False
@@ -511,7 +511,9 @@ class Fit:
         """The transform for tokens in units of their gains."""
         side = self.statistics.sides[key]
         _, gain = self.coordinates(key, made, widths, Fisher(form=form))  # type: ignore[arg-type]
-        gain = gain.clamp_min(2.0**-6)
+        # a few tokens of tiny gain would outweigh all others
+        middle = gain.median(1, keepdim=True).values
+        gain = gain.clamp(middle / 4, middle * 4).clamp_min(2.0**-6)
         r = self.residuals(key, form) / gain
         g = side.sample()[1].to(self.device).float()
         g = side.framed(g, side.frame_of(form), self.positions, self.index) * gain

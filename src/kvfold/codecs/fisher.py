@@ -104,7 +104,7 @@ class Fisher(Codec):
         """The artefact's name of a table of this form, and of these bits for `"codes"`."""
         return f"{self.form}_{what}" if what != "codes" else f"{self.form}_{tag(self.bits)}_codes"
 
-    def bind(self, site: Site, artefact: "Artefact | None" = None) -> "BoundFisher":
+    def bind(self, site: Site, artefact: "Artefact | ExampleTables | None" = None) -> "BoundFisher":
         """The code of one layer's keys or values."""
         if artefact is None:
             raise CodecError(

@@ -302,7 +302,9 @@ class Spectrum:
     def __init__(self, codec: Spectral, site: Site) -> None:
         self.codec, self.site, self.stride, self.phase = codec, site, 1, 0
         self.tokens = 0
-        self.sum = self.gram = self.shift = None
+        self.sum: Tensor | float = 0.0
+        self.gram: Tensor | float = 0.0
+        self.shift: Tensor | None = None
         self.kept: list[Tensor] = []
 
     def add(self, x: Tensor, positions: Tensor) -> None:
@@ -310,7 +312,6 @@ class Spectrum:
         x = x.float().transpose(0, 1).flatten(1, 2)  # [heads, tokens, dim]
         if self.shift is None:  # close to the mean, so that centring loses no digits
             self.shift = x.mean(1, keepdim=True)
-            self.sum, self.gram = torch.zeros_like(self.shift), 0.0
         away = x - self.shift
         self.sum = self.sum + away.sum(1, keepdim=True)
         self.gram = self.gram + away.mT @ away
@@ -322,9 +323,9 @@ class Spectrum:
 
     def tables(self) -> dict[str, Tensor]:
         """`mean`, `basis`, `sigma`, `widths`, `signs` and `levels`; empty if no token was seen."""
-        if not self.tokens:
+        if self.shift is None:
             return {}
-        offset = self.sum / self.tokens
+        offset = self.sum / self.tokens + torch.zeros_like(self.shift)
         covariance = (self.gram / self.tokens - offset.mT @ offset).double().cpu()
         variances, vectors = torch.linalg.eigh(covariance)
         variances, basis = variances.flip(-1).clamp_min(0), vectors.flip(-1).mT

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ class _ColdAttention(torch.autograd.Function):
         return out.to(q.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         run, info, scaling, softcap, sink_logits = ctx.rest
         kv_heads = k.shape[1]
@@ -184,11 +184,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     run = _RUN[-1]
     info = run.layers.get(id(module))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if info is None:  # sliding and chunked layers are not compressed: they only pass gradients on
-        out = _masked(query, key, value, attention_mask, scaling, softcap, s_aux)
+        out = _masked(query, key, value, attention_mask, factor, softcap, s_aux)
     else:
-        out = _ColdAttention.apply(query, key, value, run, info, scaling, softcap, s_aux)
+        out = _ColdAttention.apply(query, key, value, run, info, factor, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -237,7 +237,8 @@ def _open(model: nn.Module, run: _Run, recompute: bool) -> Iterator[None]:
     def start_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
-    handle = decoder(model).get_input_embeddings().register_forward_hook(start_graph)
+    embeddings: nn.Module = cast(Any, decoder(model)).get_input_embeddings()
+    handle = embeddings.register_forward_hook(start_graph)
     _RUN.append(run)
     try:
         model.eval()
@@ -393,7 +394,7 @@ def _means(
     window: int,
     progress: Progress | None,
 ) -> dict[tuple[int, Side], SideStatistics]:
-    sums: dict[tuple[int, Side], Tensor] = {}
+    sums: dict[Any, Tensor] = {}
     used = slice(sinks, windows.shape[1] - window)
     blank = {
         (index, side): SideStatistics(
@@ -404,8 +405,9 @@ def _means(
     }
 
     def visit(info: LayerInfo, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        for side, x in (("key", keys), ("value", values)):
-            key: tuple[int, Side] = (info.index, side)  # type: ignore[assignment]
+        sides: tuple[tuple[Side, Tensor], ...] = (("key", keys), ("value", values))
+        for side, x in sides:
+            key: tuple[int, Side] = (info.index, side)
             total = blank[key].states(x[0, :, used], positions[0, used]).sum(1)
             sums[key] = sums[key] + total if key in sums else total
 
