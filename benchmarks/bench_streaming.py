@@ -55,8 +55,7 @@ def main() -> None:
             row = {"what": "streaming", "preset": name, "tokens": args.tokens, "rows": args.rows}
             row |= {"kl_cache": fed, "kl_parallel": whole, "ratio": fed / whole}
             rows.append(row | {"compressed_share": cache.compressed_share()})
-            print(name, fed, whole, flush=True)
-    write(args.out, rows, args)
+            write(args.out, rows, args)  # after each preset: a long run may be stopped
 
 
 if __name__ == "__main__":

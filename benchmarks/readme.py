@@ -33,16 +33,21 @@ def presets() -> str:
     return "\n".join(lines)
 
 
-def fidelity_rows() -> tuple[dict, list[dict]]:
-    """Conditions and rows of the committed evaluation, by bits."""
-    found = json.loads((RESULTS / "wikitext2_smollm2.json").read_text(encoding="utf-8"))
+def fidelity_rows(name: str = "wikitext2_smollm2.json") -> tuple[dict, list[dict]]:
+    """Conditions and rows of a committed evaluation, by bits."""
+    found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     rows = found.pop("rows")
     return found, sorted(rows, key=lambda row: -row["bits_per_element"])
 
 
-def fidelity() -> str:
+def fisher() -> str:
+    """The same of the calibrated presets, from a run of their own."""
+    return fidelity("fisher_cpu.json")
+
+
+def fidelity(name: str = "wikitext2_smollm2.json") -> str:
     """KL, agreement and perplexity of every preset, conditions above them."""
-    c, rows = fidelity_rows()
+    c, rows = fidelity_rows(name)
     text = (
         f"SmolLM2-135M, {c['dtype']}, WikiText-2 test, {c['windows']} windows of {c['context']} "
         f"tokens, {c['sinks']} sinks and {c['window']} recent tokens exact; every query reads codes"
@@ -80,7 +85,7 @@ def memory() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"presets": presets, "fidelity": fidelity, "memory": memory}
+TABLES = {"presets": presets, "fidelity": fidelity, "fisher": fisher, "memory": memory}
 
 
 def draw(path: Path) -> None:
