@@ -1,5 +1,7 @@
 """One layer's store: the same bytes however blocks arrive, constant cost, honest sizes."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,19 +73,26 @@ def test_rows_do_not_see_each_other(name):
 
 
 class Written(TorchDispatchMode):
-    """Bytes of new or overwritten tensors, and the largest of them."""
+    """Bytes of new storages: in all, the largest, and the most that lived at once."""
 
     def __init__(self):
         super().__init__()
-        self.total = self.largest = 0
+        self.total = self.largest = self.live = self.peak = 0
+
+    def _add(self, nbytes):
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs:
-                self.total += t.untyped_storage().nbytes()
-                self.largest = max(self.largest, t.untyped_storage().nbytes())
+                nbytes = t.untyped_storage().nbytes()
+                self.total += nbytes
+                self.largest = max(self.largest, nbytes)
+                self._add(nbytes)
+                weakref.finalize(t, self._add, -nbytes)
         return out
 
 
@@ -103,6 +112,28 @@ def test_appending_copies_the_same_at_any_length():
             made[n] = counter.total
         store.timeline.commit(step)
     assert made[8127] <= made[1127] * 1.001, made
+
+
+@pytest.mark.parametrize("name", ["kivi2-g64", "turboquant4", "rotatekv4"])
+def test_no_second_copy_of_the_history_lives(name):
+    """Folding 32k tokens and reading them: new storages beyond the packed pages stay far below."""
+    length = 32_000
+    keys, values = torch.randn(2, 1, 2, length + 1, 64)
+    whole = keys.nbytes + values.nbytes
+    store = make_store(name, Timeline(4, 64, 128))
+    step = store.timeline.plan(1, length, None, None)
+    with Written() as folding:
+        store.append(keys[:, :, :length], values[:, :, :length], step)
+    store.timeline.commit(step)
+    packed = sum(slab.nbytes for slab in store.pool.slabs)
+    assert folding.peak - packed < 0.5 * whole, (folding.peak, packed, whole)
+    step = store.timeline.plan(1, 1, None, None)
+    view = store.append(keys[:, :, length:], values[:, :, length:], step)
+    from kvfold.attention.paged import attend
+
+    with Written() as reading:
+        attend(torch.randn(1, 4, 1, 64), view, scaling=0.125)
+    assert reading.peak < 0.5 * whole, (reading.peak, whole)
 
 
 @pytest.mark.parametrize("length", [500, 2000, 8000])
