@@ -10,7 +10,6 @@ from kvfold.codec import (
     BoundCodec,
     Codec,
     Fields,
-    Query,
     Reading,
     Site,
     float16_field,
@@ -54,7 +53,8 @@ class BoundFp8(BoundCodec):
         gain = to_float16(x.abs().amax(-1) / E4M3_MAX)
         step = torch.where(gain > 0, gain.float(), 1.0)[..., None]
         # e4m3 has no infinity and casts what is above 448 to NaN: gain's rounding may exceed it
-        return {"states": _to_e4m3((x / step).clamp(-E4M3_MAX, E4M3_MAX)), "gain": gain}
+        states = (x / step).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return {"states": states, "gain": gain}
 
     def decode(self, fields: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """G * y in float32."""
@@ -63,14 +63,6 @@ class BoundFp8(BoundCodec):
     def read(self, fields: Mapping[str, Tensor], positions: Tensor) -> Reading:
         """Columns are the e4m3 values."""
         return Reading(fields["states"].float(), fields["gain"].float()[..., None])
-
-    def query(self, q: Tensor, fields: Mapping[str, Tensor], positions: Tensor) -> Query:
-        """The query itself."""
-        return Query(q[:, :, None])
-
-
-def _to_e4m3(x: Tensor) -> Tensor:
-    return x.to(torch.float8_e4m3fn)
 
 
 register(
