@@ -1,4 +1,4 @@
-"""The bytes of one tiny encoding per preset: they change only with a codec's version.
+"""The bytes of one tiny encoding per preset: they change with a codec's version or `PAGE_FORMAT`.
 
     python tests/test_golden_bytes.py --write
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 #: version of the page format (this module and `packing`); files that hold pages carry it.
-PAGE_FORMAT = 1
+PAGE_FORMAT = 2
 #: bytes; a 16-byte vector load of any field of any page is aligned.
 ALIGNMENT = 16
 

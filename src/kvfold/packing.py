@@ -7,15 +7,17 @@ sections of uniform width, whatever the widths of the coordinates:
 
     code[i] = sum over the columns c of coordinate i of  2**shift[c] * digit[c]
 
-A lane of section `w` (w = 4, 2, 1) holds `16 / w` fields; field f is bits `w*f .. w*f + w - 1`.
-With L the number of lanes along the split axis, field f of lane j is element `f * L + j` of it:
+Attention works on quarters of a block. In a column of width `w` (4, 2, 1), lane `u` holds the
+digits of the tokens `u + f * block_len / 4`, f = 0 to 3, field f in its bits `w*f .. w*f + w - 1`.
+A 16-bit word holds 1, 2 or 4 lanes of `4 * w` bits: with `words = block_len * w / 16` of them a
+column, lane u is part `u // words` of word `u % words`. So the rows that one matrix product takes
+from K are the rows that it takes from V, whatever the widths, and unpacking is one and/shift a
+field. The words of a section lie head after head:
 
-- values (`axis="token"`): lanes `[columns, L]`, fields split the tokens, their contraction axis;
-- keys (`axis="channel"`): lanes `[block_len, L]`, fields split the columns, their contraction
-  axis, where that gives L a multiple of 16 (one matrix product per field); narrower sections are
-  stored as lanes `[L, columns]` whose fields split the tokens.
+- values (`axis="token"`): `[columns, words]`;
+- keys (`axis="channel"`): chunks of 16 columns (the last has the rest), each `[words, columns]`.
 
-Heads follow one another within a section; counts of columns may differ between heads.
+Counts of columns may differ between heads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,8 +44,10 @@ DIGITS = {
     8: (4, 4),
 }
 MAX_BITS = 8
-_LANE_BITS = 16
-_MIN_LANES = 16  # a matrix product contracts over at least 16 elements
+#: columns of keys that are stored together: what one matrix product contracts over.
+CHUNK = 16
+_WORD_BITS = 16
+_QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,12 @@ class Column:
 
 @dataclass(frozen=True)
 class DigitPlan:
-    """Which digit columns the coordinates of each head have, and how they lie in lanes.
+    """Which digit columns the coordinates of each head have, and how they lie in words.
 
     Args:
         bits: `[heads][coordinates]` code widths, 0 to 8; a 0-bit coordinate is not stored.
         block_len: tokens of a block, a multiple of 16.
-        axis: the contraction axis that fields split: `"channel"` for keys, `"token"` for values.
+        axis: the contraction axis of attention: `"channel"` for keys, `"token"` for values.
     """
 
     bits: tuple[tuple[int, ...], ...]
@@ -70,8 +74,8 @@ class DigitPlan:
     axis: Literal["channel", "token"]
 
     def __post_init__(self) -> None:
-        if self.block_len <= 0 or self.block_len % _LANE_BITS:
-            raise ValueError(f"block_len ({self.block_len}) must be a multiple of {_LANE_BITS}")
+        if self.block_len <= 0 or self.block_len % _WORD_BITS:
+            raise ValueError(f"block_len ({self.block_len}) must be a multiple of {_WORD_BITS}")
         wrong = sorted({b for head in self.bits for b in head} - set(DIGITS))
         if wrong:
             raise ValueError(f"code widths {wrong} are not possible; widths are 0 to {MAX_BITS}")
@@ -135,20 +139,19 @@ class DigitPlan:
             cache[device] = tuple(t.to(device) for t in self._index)
         return cache[device]
 
-    # --- lanes -----------------------------------------------------------------------------
+    # --- words -----------------------------------------------------------------------------
 
-    def splits_columns(self, width: int, count: int) -> bool:
-        """Whether a lane's fields of this section split columns (else tokens)."""
-        lanes, rest = divmod(count, _LANE_BITS // width)
-        return self.axis == "channel" and rest == 0 and lanes > 0 and lanes % _MIN_LANES == 0
+    def words(self, width: int) -> int:
+        """16-bit words of one column of this width."""
+        return self.block_len * width // _WORD_BITS
 
     def fields(self, prefix: str = "digits") -> list[Field]:
         """The stored sections, empty ones left out; each one flat, head after head."""
         stored = []
         for w in SECTIONS:
-            lanes = sum(len(head[w]) for head in self.heads) * self.block_len * w // _LANE_BITS
-            if lanes:
-                stored.append(Field(f"{prefix}{w}", (lanes,), torch.int16))
+            words = sum(len(head[w]) for head in self.heads) * self.words(w)
+            if words:
+                stored.append(Field(f"{prefix}{w}", (words,), torch.int16))
         return stored
 
     def pack(self, codes: Tensor, prefix: str = "digits") -> dict[str, Tensor]:
@@ -159,7 +162,7 @@ class DigitPlan:
             part = columns[..., start : start + self.padded[w]]
             start += self.padded[w]
             flat = [
-                self._pack_lanes(part[:, heads, :, :count], w).flatten(1)
+                self._pack_words(part[:, heads, :, :count], w).flatten(1)
                 for heads, count in self._runs(w)
                 if count
             ]
@@ -244,50 +247,54 @@ class DigitPlan:
                 runs.append((slice(h, h + 1), count))
         return runs
 
-    def _pack_lanes(self, digits: Tensor, width: int) -> Tensor:
-        """Digits `[blocks, heads, block_len, count]` to lanes of the stored order."""
-        fields = _LANE_BITS // width
-        if self.axis == "token":  # lanes [count, block_len / fields]
-            split = digits.transpose(-1, -2).unflatten(-1, (fields, -1))
-        elif self.splits_columns(width, digits.shape[-1]):  # lanes [block_len, count / fields]
-            split = digits.unflatten(-1, (fields, -1))
-        else:  # lanes [block_len / fields, count]
-            split = digits.unflatten(-2, (fields, -1)).movedim(-3, -2)
-        lanes = split[..., 0, :].clone()
-        for f in range(1, fields):
-            lanes |= split[..., f, :] << (width * f)
-        return lanes
+    def _pack_words(self, digits: Tensor, width: int) -> Tensor:
+        """Digits `[blocks, heads, block_len, count]` to words `[blocks, heads, n]`."""
+        parts = _QUARTERS // width
+        # token = (f * parts + part) * words + word
+        split = digits.unflatten(2, (_QUARTERS, parts, -1))
+        words = torch.zeros_like(split[:, :, 0, 0])  # [blocks, heads, words, count]
+        for f in range(_QUARTERS):
+            for part in range(parts):
+                words |= split[:, :, f, part] << (_QUARTERS * width * part + width * f)
+        if self.axis == "token":
+            return words.mT.flatten(2)
+        return torch.cat([chunk.flatten(2) for chunk in words.split(CHUNK, -1)], -1)
 
     def _unpack_section(self, stored: Tensor, width: int) -> Tensor:
         parts, start = [], 0
         for heads, count in self._runs(width):
-            n = (heads.stop - heads.start) * count * self.block_len * width // _LANE_BITS
-            lanes = stored[:, start : start + n].unflatten(1, (heads.stop - heads.start, -1))
+            n = (heads.stop - heads.start) * count * self.words(width)
+            words = stored[:, start : start + n].unflatten(1, (heads.stop - heads.start, -1))
             start += n
-            part = self._unpack_lanes(lanes, width, count)
+            part = self._unpack_words(words, width, count)
             if count < self.padded[width]:
                 part = torch.nn.functional.pad(part, (0, self.padded[width] - count))
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _unpack_lanes(self, lanes: Tensor, width: int, count: int) -> Tensor:
-        """Lanes `[blocks, heads, n]` to digits `[blocks, heads, block_len, count]`."""
-        if count == 0:
-            return lanes.new_zeros(*lanes.shape[:2], self.block_len, 0)
-        shifts = torch.arange(0, _LANE_BITS, width, dtype=torch.int16, device=lanes.device)
+    def _unpack_words(self, words: Tensor, width: int, count: int) -> Tensor:
+        """Words `[blocks, heads, n]` to digits `[blocks, heads, block_len, count]`.
+
+        The result is a transposed view for values: their tokens are contiguous.
+        """
+        rows = self.words(width)
+        shifts = torch.arange(0, _WORD_BITS, width, dtype=torch.int16, device=words.device)
+        shifts = shifts.view(-1, _QUARTERS).T.reshape(-1)  # token order: f, then part
         if self.axis == "token":
-            split = lanes.unflatten(-1, (count, 1, -1))
-        elif self.splits_columns(width, count):
-            split = lanes.unflatten(-1, (self.block_len, 1, -1))
-        else:
-            split = lanes.unflatten(-1, (-1, 1, count))
+            split = words.unflatten(-1, (count, 1, rows)) >> shifts[:, None]
+            return (split & (2**width - 1)).flatten(-2).mT
+        whole = count // CHUNK * CHUNK
+        chunks = []  # [blocks, heads, rows, columns]
+        if whole:
+            part = words[..., : whole * rows].unflatten(-1, (-1, rows, CHUNK))
+            chunks.append(part.movedim(-3, -2).flatten(-2))
+        if count > whole:
+            chunks.append(words[..., whole * rows :].unflatten(-1, (rows, -1)))
+        if not chunks:
+            return words.new_zeros(*words.shape[:2], self.block_len, 0)
+        split = (chunks[0] if len(chunks) == 1 else torch.cat(chunks, -1)).unsqueeze(-3)
         # the mask also cuts off the sign that an arithmetic shift drags in
-        split = (split >> shifts[:, None]) & (2**width - 1)  # [..., fields, L or count]
-        if self.axis == "token":
-            return split.flatten(-2).transpose(-1, -2)
-        if self.splits_columns(width, count):
-            return split.flatten(-2)
-        return split.movedim(-2, -3).flatten(-3, -2)
+        return ((split >> shifts[:, None, None]) & (2**width - 1)).flatten(-3, -2)
 
 
 def _columns_of(bits: Sequence[int]) -> dict[int, tuple[Column, ...]]:
