@@ -35,6 +35,7 @@ from kvfold.transforms.rope import Rope
 
 if TYPE_CHECKING:
     from kvfold.calibration.artefact import Artefact
+    from kvfold.packing import DigitPlan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,6 +114,36 @@ class Total:
     one: Float[Tensor, "*batch heads queries 1"]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How the columns that `read` gives lie in the fields, for kernels that read the bytes.
+
+    With d the digits of `plan`, a column is y = d, or `levels[d]`. Per token and head there may be
+    gains and offsets (`groups` equal runs of columns share one, as in `Reading`).
+
+    Args:
+        plan: the digit columns; their fields are named `digits4`, `digits2`, `digits1`.
+        gain: field `[heads, block_len(, groups)]`: float16, or uint8 for 2^((byte - 128) / 16)
+            with byte 0 for 0; None for ones.
+        offset: field `[heads, block_len(, groups)]` float16, None for zeros.
+        levels: `[heads or 1, 16]` values of the digits where they are not affine; all columns are
+            of one width then.
+        page_scale: field `[heads, segments, columns]` float16 that multiplies the prepared query
+            of each page's segments of tokens (keys); with it comes `page_zero`.
+        page_zero: field like `page_scale` whose product with the query is the query's gain term.
+        turns: what takes the query turned back by RoPE to the page's first position (keys):
+            nothing, the mean's table alone, or the columns and the mean.
+    """
+
+    plan: "DigitPlan"
+    gain: str | None = None
+    offset: str | None = None
+    levels: Tensor | None = None
+    page_scale: str | None = None
+    page_zero: str | None = None
+    turns: Literal["nothing", "mean", "all"] = "nothing"
+
+
 class BoundCodec:
     """A codec at its site. Pure and deterministic; one block never looks at another.
 
@@ -125,6 +156,8 @@ class BoundCodec:
     layout: Layout
     #: whether a prepared query depends on the page; else it is prepared once for all pages.
     page_query: bool = False
+    #: how the fields hold what `read` gives; None where only torch can read them.
+    stored: Stored | None = None
 
     def encode(
         self,

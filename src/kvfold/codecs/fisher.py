@@ -18,6 +18,7 @@ from kvfold.codec import (
     Query,
     Reading,
     Site,
+    Stored,
     Total,
     register,
     register_family,
@@ -176,6 +177,7 @@ class BoundFisher(BoundCodec):
         )
         gain = Field("gain", (site.num_kv_heads, site.block_len), torch.uint8)
         self.layout = Layout((*self.plan.fields(), gain))
+        self.stored = Stored(self.plan, gain="gain")
         # coordinates without bits decode to 0 wherever a step and an offset of 0 say so
         has_bits = widths > 0
         self.step, self.offset = (
@@ -270,6 +272,11 @@ class BoundFisherKeys(BoundFisher):
                 raise CodecError(
                     f"block_len ({site.block_len}) must be a multiple of tile ({codec.tile})"
                 )
+        if self.form == "pre" or self.tile != site.block_len:
+            self.stored = None
+        elif turns:
+            turned = "all" if self.form == "tile" else "mean"
+            self.stored = Stored(self.plan, gain="gain", turns=turned)
         # the mean's share of a score depends on the page wherever the mean turns
         self.page_query = turns and self.form != "pre"
         run = torch.arange(self.tile, device=site.device)

@@ -12,6 +12,7 @@ from kvfold.codec import (
     Query,
     Reading,
     Site,
+    Stored,
     Total,
     float16_field,
     register,
@@ -50,6 +51,7 @@ class BoundInt8(BoundCodec):
         )
         gain = float16_field("gain", site.num_kv_heads, site.block_len)
         self.layout = Layout((*self.plan.fields(), gain))
+        self.stored = Stored(self.plan, gain="gain")
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """One scale per token and head, rounded to float16 before the codes are chosen."""

@@ -14,6 +14,7 @@ from kvfold.codec import (
     Query,
     Reading,
     Site,
+    Stored,
     Total,
     float16_field,
     register,
@@ -103,6 +104,10 @@ class BoundKivi(BoundCodec):
                 float16_field("zero", *groups),
             )
         )
+        if self.along_tokens and site.side == "key" and self.plan.plain:
+            self.stored = Stored(self.plan, page_scale="scale", page_zero="zero")
+        elif not self.along_tokens and self._groups_are_runs:
+            self.stored = Stored(self.plan, gain="scale", offset="zero")
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """Each group by its own minimum and range."""

@@ -16,6 +16,7 @@ from kvfold.codec import (
     Query,
     Reading,
     Site,
+    Stored,
     Total,
     float16_field,
     register,
@@ -141,6 +142,8 @@ class BoundRotateKV(BoundCodec):
                 float16_field("zero", *parameters),
             )
         )
+        if self._on_codes:
+            self.stored = Stored(self.plan, gain="scale", offset="zero")
         self.order = self.inverse_order = None
         if order is not None:
             self.order = order.long().to(site.device)

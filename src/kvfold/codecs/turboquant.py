@@ -15,6 +15,7 @@ from kvfold.codec import (
     Query,
     Reading,
     Site,
+    Stored,
     Total,
     float16_field,
     register,
@@ -107,6 +108,8 @@ class BoundTurboQuant(BoundCodec):
             self.sketch = sign_sketch.sketch_matrix(dim, codec.seed + 1).to(site.device)
             self.expansion = sign_sketch.expansion(self.sketch)
         self.layout = Layout(tuple(fields))
+        if self.plan.plain and not codec.qjl:
+            self.stored = Stored(self.plan, gain="gain", levels=self.levels[None])
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """Rotate the unit-RMS vector, take the nearest levels, then choose the gain for them."""
