@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from kvfold.attention.streaming import compressed_share
 from kvfold.cache.config import CacheConfig
 from kvfold.calibration.artefact import Artefact
 from kvfold.calibration.fisher import Recipe, Statistics
-from kvfold.codec import BoundCodec, Preset, Site, presets
+from kvfold.calibration.fit import Fit
+from kvfold.codec import BoundCodec, Preset, Site, get, presets
 from kvfold.codecs.fisher import FORMS, Fisher, preset_of
+from kvfold.codecs.spectral import Spectral
 from kvfold.evaluation.metrics import perplexity_delta, quantile, token_scores
 from kvfold.evaluation.perplexity import environment
 from kvfold.integrations import collect, collect_fisher, models
+from kvfold.integrations.describe import LayerInfo, describe, model_hash
 from kvfold.integrations.streaming import Session
 
 SINKS, WINDOW = 4, 64
@@ -165,8 +169,6 @@ def variants() -> list[Variant]:
         Variant("method"),
         # one ingredient removed at a time
         Variant("-gain search", knobs={"search": 0}),
-        Variant("-reweighing by gains", Recipe(reweigh=0)),
-        Variant("-measured errors", Recipe(measured=False)),
         Variant("-ridge 3e-2: 1e-3", Recipe(ridge=1e-3)),
         Variant("-uncentred values", Recipe(centred_values=True)),
         Variant("-key mean", Recipe(centred_keys=False)),
@@ -176,9 +178,14 @@ def variants() -> list[Variant]:
         Variant("-6 bits: at most 4", Recipe(max_bits=4)),
         Variant("-fitted levels", Recipe(fitted=False)),
         Variant("-gain", Recipe(gain=False), codec=NoGain),
+        # unstable before gains were clamped, and off since
+        Variant("+reweighing by gains, clamped", Recipe(reweigh=1)),
+        Variant("+reweighing, clamped, and measured errors", Recipe(reweigh=1, measured=True)),
         # what else might be better
         Variant("gain search 8", knobs={"search": 8}),
-        Variant("reweighing twice", Recipe(reweigh=2)),
+        Variant("measured errors", Recipe(measured=True)),
+        Variant("importance-weighted levels", Recipe(weighted=True)),
+        Variant("keys' costs twice", Recipe(side_scale=(2.0, 1.0))),
         Variant("tile 32", knobs={"tile": 32}, collect={"tile": 32}),
     ]
 
@@ -292,31 +299,111 @@ def base(bench: Bench) -> None:
             bench.score("base", "fisher", preset_of(bits, form), made)
     for name, preset in presets().items():
         if name.startswith("spectral"):
-            bench.score("base", "spectral", preset, spectral(bench, preset))
+            made = Spectra(bench, Spectral()).artefact(preset)
+            bench.score("base", "spectral", preset, made)
 
 
-def spectral(bench: Bench, preset: Preset) -> Artefact:
-    """A calibration of `spectral`, timed."""
-    start = time.time()
-    text = bench.tokenizer.decode(
-        bench.ids(bench.valid, bench.args.context)[: bench.args.calibration].flatten()
-    )
-    made = collect.calibrate(
-        bench.model,
-        bench.tokenizer,
-        text,
-        preset,
-        tokens=bench.args.calibration * bench.args.context,
-        context=bench.args.context,
-        sinks=SINKS,
-    )
-    bench.log.row(what="fit", name=preset.name, seconds=time.time() - start)
-    return made
+class Spectra:
+    """Moments for `spectral`, collected once; every variant is fitted to them."""
+
+    def __init__(self, bench: Bench, codec: Spectral) -> None:
+        self.bench = bench
+        device = bench.model.device
+        sites = [
+            Site(side, i.num_kv_heads, dim, 128, i.index, torch.float32, device, i.rope)
+            for i in describe(bench.model)
+            if i.kind == "full_attention"
+            for side, dim in (("key", i.key_dim), ("value", i.value_dim))
+        ]
+        self.fit = Fit(spectral_of("spectral", codec, codec), sites, SINKS)
+
+        def visit(info: LayerInfo, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+            self.fit.add(info.index, "key", keys, positions)
+            self.fit.add(info.index, "value", values, positions)
+
+        start = time.time()
+        windows = bench.ids(bench.valid, bench.args.context)[: bench.args.calibration]
+        collect.collect_kv(bench.model, windows, visit)
+        bench.log.row(what="collect", name="spectral", seconds=time.time() - start)
+
+    def artefact(self, preset: Preset) -> Artefact:
+        """Tables of one preset."""
+
+        def tables(item: tuple) -> dict[str, Tensor]:
+            (layer, side), calibrator = item
+            calibrator.codec = preset.keys if side == "key" else preset.values
+            found = calibrator.tables()
+            return {f"layers.{layer}.{side}.{name}": t.cpu() for name, t in found.items()}
+
+        with ThreadPool(self.bench.args.threads) as pool:
+            parts = pool.map(tables, self.fit.calibrators.items())
+        tensors = {name: t.contiguous() for part in parts for name, t in part.items()}
+        header = {
+            "model_hash": model_hash(self.bench.model),
+            "codecs": [preset.keys.to_json(), preset.values.to_json()],
+            "preset": preset.name,
+        }
+        return Artefact(header, tensors)
+
+
+def spectral_of(name: str, keys: Spectral, values: Spectral) -> Preset:
+    """A preset of two codecs."""
+    return replace(get("spectral3"), name=name, keys=keys, values=values)
+
+
+def spectral_variants(bits: float) -> dict[str, Preset]:
+    """`spectral` at a total of `bits`, and what the method leaves open."""
+
+    def of(more: float = 0.0, values: dict | None = None, **knobs: Any) -> Preset:
+        """Keys have `more` bits above the average, values as many below."""
+        return spectral_of(
+            f"spectral{bits:g}",
+            Spectral(bits + more, **knobs),
+            Spectral(bits - more, **(knobs | (values or {}))),
+        )
+
+    gain = {"gain": True, "scope": "layer"}
+    return {
+        "plain": of(),
+        "keys +1/4 bit": of(0.25),
+        "keys +1/2 bit": of(0.5),
+        "keys -1/4 bit": of(-0.25),
+        "one budget for a layer's heads": of(scope="layer"),
+        "noise_bits 1": of(noise_bits=1, value_noise_bits=1),
+        "value_noise_bits 0": of(value_noise_bits=0, coverage=0.95),
+        "participation, noise_bits 1": of(
+            effective="participation", noise_bits=1, value_noise_bits=1
+        ),
+        "gain, no search": of(gain=True, search=0),
+        "gain": of(gain=True),
+        "gain of keys": of(gain=True, values={"gain": False}),
+        "gain of values": of(values={"gain": True}),
+        "gain, layer": of(**gain),
+        "gain, layer, keys +1/4 bit": of(0.25, **gain),
+        "gain, layer, keys +1/2 bit": of(0.5, **gain),
+        "gain, layer, keys -1/4 bit": of(-0.25, **gain),
+        "gain, head, keys +1/4 bit": of(0.25, gain=True),
+        "gain, head, keys +1/2 bit": of(0.5, gain=True),
+        "sketch (QJL)": of(qjl=True),
+    }
+
+
+def spectra(bench: Bench) -> None:
+    """`spectral` and its variants."""
+    found = Spectra(bench, Spectral())
+    for where in bench.args.on.split(","):
+        windows = bench.windows(where)
+        for bits in map(float, bench.args.spectral.split(",")):
+            for name, preset in spectral_variants(bits).items():
+                if bench.log.over or (bench.args.only and name not in bench.args.only.split(";")):
+                    continue
+                made = found.artefact(preset)
+                bench.score("spectral", name, preset, made, windows=windows, on=where)
 
 
 def ablation(bench: Bench) -> None:
     """Each variant at the given bits and forms, on held-out `valid` and on `test`."""
-    wanted = [v for v in variants() if not bench.args.only or v.name in bench.args.only.split(",")]
+    wanted = [v for v in variants() if not bench.args.only or v.name in bench.args.only.split(";")]
     cases = [(f, float(b)) for f in bench.args.forms.split(",") for b in bench.args.bits.split(",")]
     made: dict[tuple, Artefact] = {}
     for where in bench.args.on.split(","):
@@ -374,7 +461,7 @@ def calibrations(bench: Bench) -> None:
     ids = bench.ids(bench.valid, bench.args.context)
     count = bench.args.calibration
     sets = {f"set {i}": ids[i * count : (i + 1) * count] for i in range(3)}
-    sets |= {"2048 tokens": ids[:1], "8192 tokens": ids[:4], "64 windows": ids[:64]}
+    sets |= {"2048 tokens": ids[:1], "8192 tokens": ids[:4]}
     for name, windows in sets.items():
         made = bench.artefact(
             bench.statistics(name, windows=windows), [Fisher(2.0, f) for f in ("tile", "pre")]
@@ -391,6 +478,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "context": contexts,
     "domain": domains,
     "calibration": calibrations,
+    "spectral": spectra,
 }
 
 
@@ -420,7 +508,9 @@ def main() -> None:
     add("--test", required=True, help="wiki.test.raw")
     add("--out", required=True, type=Path)
     add("--stages", default="base,variants", help=", ".join(STAGES))
-    add("--only", default="", help="names of variants, commas between")
+    add("--only", default="", help="names of variants, semicolons between")
+    add("--spectral", default="3,2", help="bits of the variants of spectral, commas between")
+    add("--threads", type=int, default=8, help="layers of spectral fitted at once")
     add("--forms", default="tile", help="forms of the variants")
     add("--bits", default="2", help="code bits of the variants, commas between")
     add("--on", default="tune,test", help="texts that variants are scored on")

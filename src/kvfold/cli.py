@@ -140,6 +140,9 @@ def evaluate(
     window: Window = 64,
     block: Annotated[int, typer.Option(min=1, help="Tokens that leave the window together.")] = 1,
     page_len: Annotated[int, typer.Option(min=1, help="Tokens of a stored page.")] = 128,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of one forward; by default 1, on CUDA 4.")
+    ] = None,
     artefact: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration; may be repeated. By default found by the model's hash."),
@@ -182,6 +185,7 @@ def evaluate(
             block=block,
             artefacts=artefacts,
             page_len=page_len,
+            rows=rows,
             progress=lambda p: advance(p.done, p.total, p.label),
             model_name=model,
             text_name=text.name,

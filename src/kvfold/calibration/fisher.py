@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvfold.calibration.artefact import CalibrationError
 from kvfold.codec import Side
-from kvfold.codecs.fisher import FORMS, MAX_BITS, Fisher, gain_byte, gain_table, group_len, tag
+from kvfold.codecs.fisher import FORMS, MAX_BITS, Fisher, group_len, tag
+from kvfold.quantizers.gain import gain_byte, gain_table
 from kvfold.quantizers.uniform import fit_affine, gaussian_affine
 from kvfold.transforms.rope import Rope
 

@@ -25,6 +25,7 @@ from kvfold.codec import (
 )
 from kvfold.layout import Field, Layout
 from kvfold.packing import DigitPlan
+from kvfold.quantizers.gain import gain_byte, gain_table
 from kvfold.quantizers.uniform import gaussian_affine
 from kvfold.transforms.orthogonal import apply_tiles, random_rotation
 from kvfold.transforms.rope import Rope
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 Form = Literal["tile", "post", "pre"]
 FORMS: tuple[Form, ...] = ("tile", "post", "pre")
 MAX_BITS = 6
-#: gain bytes per octave, and the byte of gain 1.
-_STEPS, _ONE = 16, 128
 
 
 @dataclass(frozen=True)
@@ -353,19 +352,7 @@ class BoundFisherKeys(BoundFisher):
         return mean.transpose(1, 2).flatten(2, 3)
 
 
-# --- gains, widths, names ----------------------------------------------------------------------
-
-
-def gain_table() -> Tensor:
-    """`[256]` the gain of each byte: 2^((byte - 128) / 16), and 0 for byte 0."""
-    table = torch.exp2((torch.arange(256, dtype=torch.float64) - _ONE) / _STEPS).float()
-    table[0] = 0.0
-    return table
-
-
-def gain_byte(rms: Tensor) -> Tensor:
-    """The byte (int16) whose gain is nearest to `rms` on a log scale, saturating."""
-    return (_STEPS * rms.log2() + _ONE).round().clamp(0, 255).to(torch.int16)
+# --- widths, names ----------------------------------------------------------------------------
 
 
 def group_len(dim: int) -> int:

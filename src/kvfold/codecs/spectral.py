@@ -20,9 +20,10 @@ from kvfold.codec import (
     float16_field,
     register,
 )
-from kvfold.layout import Layout
+from kvfold.layout import Field, Layout
 from kvfold.packing import DigitPlan
 from kvfold.quantizers import lloyd_max, sign_sketch
+from kvfold.quantizers.gain import gain_byte, gain_table
 from kvfold.quantizers.uniform import to_float16
 from kvfold.transforms.orthogonal import apply_tiles, random_rotation
 
@@ -38,19 +39,22 @@ _DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000644)
 class Spectral(Codec):
     """Codes in the eigenbasis of each head's covariance (SpectralQuant, 2026).
 
-        y = V^T (x - mean) / sigma,   c_i = nearest level of width b_i to y_i
-        x^ = mean + V (sigma * level[c])
+        y = V^T (x - mean) / sigma,   c_i = nearest level of width b_i to y_i / g
+        x^ = mean + V (sigma * g * level[c])
 
     with V and sigma^2 the eigenvectors and eigenvalues of the centred covariance of keys after
     RoPE, or of values, one head at a time. Widths are integers by water-filling within the head:
     each next bit goes where sigma_i^2 D(b_i) falls most. Levels are Lloyd-Max for the pooled
-    unit-variance coordinates of the layer, one codebook a width. Nothing is stored but codes.
+    unit-variance coordinates of the layer, one codebook a width. Stored are the codes, and with
+    `gain` one byte a token and head for g = 2^(j/16), the RMS of the coordinates that have bits or
+    the byte near it that leaves the least error; without it g is 1.
 
     With `qjl` (selective, for the record) one bit of each effective coordinate is a sign of a
     Gaussian sketch of the residual there, whose RMS is stored in float16.
 
     Args:
-        bits: stored per element; 16 / head_dim of it are the residual's RMS with `qjl`.
+        bits: stored per element; 16 / head_dim of it are the residual's RMS with `qjl`, and
+            8 / head_dim the gain with `gain`.
         effective: how the effective dimension is counted: `"coverage"`, the fewest coordinates
             that hold `coverage` of the variance, or `"participation"`, (sum s)^2 / sum s^2 of the
             variances s; in steps of head_dim / 8.
@@ -58,6 +62,9 @@ class Spectral(Codec):
         noise_bits: width of the keys' coordinates beyond the effective dimension; None leaves
             them to water-filling.
         value_noise_bits: the same for values.
+        scope: what shares a layer's bits: each head has its own, or all heads one budget.
+        gain: store a gain.
+        search: gain bytes tried on either side of the RMS.
         qjl: spend a bit of each effective coordinate on a sketch.
         seed: of the sketch.
 
@@ -65,7 +72,8 @@ class Spectral(Codec):
         CodecError: knobs out of range; no artefact, or one of another shape.
 
     Departs from the paper: the covariance is centred, sigma is not rounded, the tail has no noise
-    floor, codes are packed, and widths come in groups of head_dim / 8 coordinates.
+    floor, codes are packed, and widths come in groups of head_dim / 8 coordinates. The gain is not
+    the paper's: coordinates of unit variance over all tokens are far from it within one.
     """
 
     bits: float = 3.0
@@ -73,6 +81,9 @@ class Spectral(Codec):
     coverage: float = 0.99
     noise_bits: int | None = None
     value_noise_bits: int | None = None
+    scope: Literal["head", "layer"] = "head"
+    gain: bool = False
+    search: int = 4
     qjl: bool = False
     seed: int = 0
 
@@ -93,6 +104,13 @@ class Spectral(Codec):
             if noise is not None and not 0 <= noise <= MAX_BITS:
                 raise CodecError(f"{name} is 0 to {MAX_BITS} or None, not {noise}")
 
+        if self.scope not in ("head", "layer"):
+            raise CodecError(f"scope is 'head' or 'layer', not {self.scope!r}")
+        if not 0 <= self.search <= 16:
+            raise CodecError(f"search ({self.search}) is 0 to 16 gain bytes")
+        if self.gain and self.qjl:
+            raise CodecError("gain and qjl exclude each other; give one of them")
+
     @property
     def artefact(self) -> Literal["none", "optional", "required"]:
         """Bases, widths and codebooks are learned."""
@@ -103,8 +121,8 @@ class Spectral(Codec):
         return Spectrum(self, site)
 
     def calibrated_knobs(self) -> dict[str, Any]:
-        """All but the sketch's seed."""
-        return {name: knob for name, knob in asdict(self).items() if name != "seed"}
+        """All but the sketch's seed and the search, which the tables do not depend on."""
+        return {k: v for k, v in asdict(self).items() if k not in ("seed", "search")}
 
     def bind(
         self, site: Site, artefact: "Artefact | ExampleTables | None" = None
@@ -164,32 +182,34 @@ class Spectral(Codec):
         noise = self.noise_bits if side == "key" else self.value_noise_bits
         inside = torch.arange(dim) < self.effective_dim(variances).cpu()[:, None]
         signs = (inside & self.qjl).long()
-        widths = torch.zeros(heads, dim, dtype=torch.int64)
         left = torch.tensor(_DISTORTION, dtype=torch.float64)
-        for h in range(heads):
-            units = int(self.bits * dim / group - (16 / group if self.qjl else 0) + 1e-9)
-            units -= int(signs[h].sum()) // group
-            loss = variances[h].double().cpu().unflatten(0, (-1, group)).sum(-1)
-            wide = torch.zeros(dim // group, dtype=torch.int64)
-            free = torch.ones(dim // group, dtype=torch.bool)
-            if noise is not None:
-                free = inside[h, ::group]
-                wide[~free] = noise
-                units -= noise * int((~free).sum())
-            for _ in range(max(units, 0)):
-                saved = loss * (left[wide] - left[(wide + 1).clamp(max=MAX_BITS)])
+        loss = variances.double().cpu().unflatten(-1, (-1, group)).sum(-1)  # [heads, groups]
+        more = 16 if self.qjl else 8 if self.gain else 0
+        budget = (self.bits * dim - more) / group  # of a head, in groups' bits
+        spent = signs.sum(-1) // group
+        wide = torch.zeros(loss.shape, dtype=torch.int64)
+        free = torch.ones(loss.shape, dtype=torch.bool)
+        if noise is not None:
+            free = inside[:, ::group]
+            wide[~free] = noise
+            spent = spent + noise * (~free).sum(-1)
+        together = heads if self.scope == "layer" else 1
+        for h in range(0, heads, together):
+            part = slice(h, h + together)
+            for _ in range(int(budget * together + 1e-9) - int(spent[part].sum())):
+                saved = left[wide[part]] - left[(wide[part] + 1).clamp(max=MAX_BITS)]
                 # a coordinate without variance still takes a bit that nobody else can
-                saved = torch.where(free & (wide < MAX_BITS), saved, -1.0)
+                saved = torch.where(free[part] & (wide[part] < MAX_BITS), loss[part] * saved, -1.0)
                 best = int(saved.argmax())
-                if saved[best] < 0:
+                if saved.view(-1)[best] < 0:
                     break
-                wide[best] += 1
-            widths[h] = wide.repeat_interleave(group)
+                wide[part].view(-1)[best] += 1
+        widths = wide.repeat_interleave(group, -1)
         return widths, signs
 
 
 class BoundSpectral(BoundCodec):
-    """Fields: `digitsN`; sketched: `signs1`, `residual` `[heads, block_len]` float16."""
+    """Fields: `digitsN`; `gain` `[heads, block_len]` uint8, or `signs1` and float16 `residual`."""
 
     def __init__(self, codec: Spectral, site: Site, tables: Mapping[str, Tensor]) -> None:
         self.codec, self.site = codec, site
@@ -209,6 +229,16 @@ class BoundSpectral(BoundCodec):
         # where each coordinate's codebook starts in the table of all
         self.start = (2**widths - 1)[:, None].to(site.device)
         self.has_bits = has_bits[:, None].to(site.device)
+        self.books = [b for b in range(1, MAX_BITS + 1) if bool((widths == b).any())]
+        self.gains = gain_table().to(site.device)
+        active = has_bits.float()
+        share = active / active.sum(-1, keepdim=True).clamp_min(1)
+        self.share = share[:, None].to(site.device)
+        # what an error of a coordinate costs; sigma may be tiny, so in units of the largest
+        cost = (sigma / sigma.amax(-1, keepdim=True).clamp_min(1e-30)).square() * active
+        self.cost = cost[:, None].to(site.device)
+        if codec.gain:
+            fields.append(Field("gain", (site.num_kv_heads, site.block_len), torch.uint8))
         if codec.qjl:
             signs = tables["signs"].long()
             self.sign_plan = DigitPlan(tuple(map(tuple, signs.tolist())), site.block_len, site.axis)
@@ -218,15 +248,15 @@ class BoundSpectral(BoundCodec):
         self.layout = Layout(tuple(fields))
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
-        """The nearest level of each coordinate of unit variance."""
+        """The nearest level of each coordinate of unit variance, in units of the gain."""
         y = apply_tiles(x.float().contiguous() - self.mean, self.forward)
-        codes = torch.zeros_like(y, dtype=torch.uint8)
-        for b in range(1, MAX_BITS + 1):
-            here = self.start == 2**b - 1
-            if bool(here.any()):
-                levels = self.levels[2**b - 1 : 2 ** (b + 1) - 1]
-                codes = torch.where(here, lloyd_max.quantise(y, levels), codes)
+        if not self.codec.gain:
+            codes, gain = self._nearest(y), None
+        else:
+            codes, gain = self._with_gain(y)
         fields = self.plan.pack(codes)
+        if gain is not None:
+            fields["gain"] = gain
         if self.codec.qjl:
             rest = (y - self._levels(codes)) * self.sketched
             fields |= self.sign_plan.pack(
@@ -240,7 +270,9 @@ class BoundSpectral(BoundCodec):
         """Levels times sigma in the eigenbasis, and the mean, in float32."""
         columns, gain = self._columns(fields)
         y = columns[..., : self.site.head_dim]
-        if gain is not None:
+        if gain is not None and self.codec.gain:
+            y = y * gain
+        elif gain is not None:
             y = y + (columns[..., self.site.head_dim :] * gain[..., 1:]) @ self.expansion
         return y @ self.inverse + self.mean
 
@@ -264,12 +296,42 @@ class BoundSpectral(BoundCodec):
             y = y + total.columns[..., self.site.head_dim :] @ self.expansion
         return y @ self.inverse + total.one * self.mean
 
+    def _nearest(self, y: Tensor) -> Tensor:
+        codes = torch.zeros_like(y, dtype=torch.uint8)
+        for b in self.books:
+            levels = self.levels[2**b - 1 : 2 ** (b + 1) - 1]
+            codes = torch.where(self.start == 2**b - 1, lloyd_max.quantise(y, levels), codes)
+        return codes
+
+    def _with_gain(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, and the gain byte: of those around the RMS, the one that leaves least error."""
+        byte = gain_byte((y.square() * self.share).sum(-1).sqrt())
+        best = byte
+        codes, least = self._coded(y, byte)
+        for move in sorted(range(-self.codec.search, self.codec.search + 1), key=abs)[1:]:
+            tried = torch.where(byte > 0, (byte + move).clamp(1, 255), 0)
+            other, cost = self._coded(y, tried)
+            better = cost < least
+            best = torch.where(better, tried, best)
+            codes = torch.where(better[..., None], other, codes)
+            least = torch.minimum(cost, least)
+        return codes, best.to(torch.uint8)
+
+    def _coded(self, y: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes in units of a gain, and the squared error of the states."""
+        gain = self.gains[byte.int()][..., None]
+        codes = self._nearest(y / torch.where(gain > 0, gain, 1.0))
+        rest = y - self._levels(codes) * gain
+        return codes, (rest.square() * self.cost).sum(-1)
+
     def _levels(self, codes: Tensor) -> Tensor:
         levels = self.levels[self.start + codes.long()]
         return torch.where(self.has_bits, levels, 0.0)
 
     def _columns(self, fields: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         columns = self._levels(self.plan.unpack(fields))
+        if self.codec.gain:
+            return columns, self.gains[fields["gain"].int()][..., None]
         if not self.codec.qjl:
             return columns, None
         signs = (2.0 * self.sign_plan.unpack(fields, "signs").float() - 1.0) * self.sketched
@@ -335,6 +397,12 @@ class Spectrum:
         tokens = torch.cat(self.kept, 1) - offset.cpu()
         y = tokens @ basis.float().mT / sigma.clamp_min(1e-20)[:, None]
         y = torch.where(sigma[:, None] > 0, y, 0.0)
+        if self.codec.gain:  # the codes' units; the search around the RMS is left to encoding
+            active = (widths > 0).float()
+            share = active / active.sum(-1, keepdim=True).clamp_min(1)
+            byte = gain_byte((y.square() * share[:, None]).sum(-1).sqrt())
+            gain = gain_table()[byte.int()][..., None]
+            y = y / torch.where(gain > 0, gain, 1.0)
         books = {}
         for b in range(1, MAX_BITS + 1):
             pool = y.transpose(0, 1)[:, widths == b].flatten()
