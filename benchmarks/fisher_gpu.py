@@ -335,7 +335,8 @@ class Spectra:
             found = calibrator.tables()
             return {f"layers.{layer}.{side}.{name}": t.cpu() for name, t in found.items()}
 
-        with ThreadPool(self.bench.args.threads) as pool:
+        # one thread each: many small parallel regions on one another's cores take for ever
+        with ThreadPool(self.bench.args.threads, torch.set_num_threads, (1,)) as pool:
             parts = pool.map(tables, self.fit.calibrators.items())
         tensors = {name: t.contiguous() for part in parts for name, t in part.items()}
         header = {

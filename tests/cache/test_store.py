@@ -13,14 +13,15 @@ from kvfold.codec import CodecError, Site
 from kvfold.transforms.rope import Rope
 
 ROPE = Rope(tuple(1e4 ** (-i / 32) for i in range(32)))
-PRESETS = [name for name, preset in kvfold.presets().items() if preset.keys.artefact != "required"]
+PRESETS = list(kvfold.presets())
 
 
 def make_store(name: str, timeline: Timeline, heads: int = 2, dim: int = 64) -> LayerStore:
     preset = kvfold.get(name)
     sites = (Site(s, heads, dim, timeline.block, rope=ROPE) for s in ("key", "value"))
     key, value = (
-        codec.bind(site) for codec, site in zip((preset.keys, preset.values), sites, strict=True)
+        codec.bind(site, codec.example(site) if codec.artefact == "required" else None)
+        for codec, site in zip((preset.keys, preset.values), sites, strict=True)
     )
     return LayerStore(key, value, timeline)
 

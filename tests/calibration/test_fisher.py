@@ -244,6 +244,14 @@ YARN = {
     "original_max_position_embeddings": 256,
     "rope_theta": 10_000.0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10_000.0,
+}
 MODELS = {
     "llama": ("Llama", {}),
     "mqa": ("Llama", {"num_key_value_heads": 1}),
@@ -251,6 +259,11 @@ MODELS = {
     "linear": (
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+    ),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}},
     ),
     "key biases": ("Qwen2", {}),
     "qk-norm": ("Qwen3", {}),
@@ -356,7 +369,7 @@ def test_gradients_are_those_of_cold_pairs() -> None:
         p = scores.masked_fill(index > index[:, None], -torch.inf).softmax(-1)
         return (p @ v + (p * cold) @ wide_v).transpose(1, 2).contiguous(), None
 
-    found = collect_fisher.collect(model, ids, samples=50)
+    found = collect_fisher.collect(model, ids, samples=50, draws=1)
     AttentionInterface.register("naive_cold", attention)
     AttentionMaskInterface.register("naive_cold", sdpa_mask)
     model.set_attn_implementation("naive_cold")
@@ -417,14 +430,53 @@ def test_layers_are_recomputed_where_memory_is_short(monkeypatch) -> None:
 
 
 def test_refuses_frequencies_that_change_and_short_windows() -> None:
-    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    config = transformers.LlamaConfig(**SHAPE, rope_parameters=dynamic)
-    with pytest.raises(UnsupportedError, match=r"depend on the length \(dynamic, longrope\)"):
-        collect_fisher.collect(transformers.LlamaForCausalLM(config), ids_of(1, 160))
+    with pytest.raises(UnsupportedError, match="change beyond 1024 tokens"):
+        collect_fisher.collect(model_of("dynamic"), ids_of(1, 1100))
     with pytest.raises(CalibrationError, match="more than 69 tokens"):
         collect_fisher.collect(model_of("llama"), ids_of(1, 60))
     with pytest.raises(CalibrationError, match="no fisher codec"):
         collect_fisher.calibrate(model_of("llama"), Words(), "1 2", "int8")
+
+
+def test_dynamic_frequencies_are_refused_where_they_change() -> None:
+    """A page keeps the frequencies it was coded with, so that none is coded with others."""
+    model = model_of("dynamic")
+    text = " ".join(map(str, ids_of(1, 400)[0].tolist()))
+    artefact = kvfold.FoldedCache.calibrate(model, Words(), text, "fisher3", tokens=400)
+    ids = ids_of(1, 1020)
+    cache = kvfold.FoldedCache(model, "fisher3", artefact=artefact)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 1024)
+    cache = kvfold.FoldedCache(model, "fisher3", artefact=artefact)
+    with pytest.raises(UnsupportedError, match=r"beyond 1024 tokens .* 1025 were given"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    long = ids_of(1, 1025)
+    with torch.no_grad(), streaming(model, "turboquant4"):
+        model(input_ids=long, use_cache=False)
+    with (
+        pytest.raises(UnsupportedError, match="1025 were given"),
+        torch.no_grad(),
+        streaming(model, "fisher3", artefact=artefact),
+    ):
+        model(input_ids=long, use_cache=False)
+
+
+def test_few_tokens_get_more_labels() -> None:
+    assert [collect_fisher.draws_for(n) for n in (512, 2048, 8192, 32_768)] == [8, 8, 2, 1]
+    found = collect_fisher.collect(model_of("llama"), ids_of(1, 160))
+    assert found.header["draws"] == 8
+
+
+def test_expected_memory_follows_the_shape() -> None:
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(**SHAPE)
+        model = transformers.LlamaForCausalLM(config)
+    short, long = (collect_fisher.expected_bytes(model, n) for n in (512, 1024))
+    assert short["weights"] == sum(4 * p.numel() for p in model.parameters())
+    assert long["logits"] == 2 * short["logits"] == 2 * 1024 * 200 * 4
+    # three frames of keys and one of values, two layers of two heads, two sums
+    assert short["moments"] == 4 * 2 * 2 * 2 * 4 * 32**2
+    assert long["graph"] == 2 * short["graph"]
 
 
 def test_one_artefact_serves_many_bits() -> None:

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import kvfold
 from kvfold.integrations.describe import (
     LayerInfo,
     UnsupportedError,
@@ -122,9 +123,29 @@ def test_models_without_rope():
     assert [bool(i.rope.inv_freq) for i in describe(make("cohere2"))] == [True, True, True, False]
 
 
-def test_length_dependent_rope_is_unknown():
+def test_length_dependent_rope_holds_up_to_a_limit():
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert {info.rope for info in describe(make("llama", rope_parameters=dynamic))} == {None}
+    model = make("llama", rope_parameters=dynamic, max_position_embeddings=48)
+    before = describe(model)
+    assert {info.rope_limit for info in before} == {48}
+    plain = describe(make("llama", max_position_embeddings=48))
+    assert {info.rope_limit for info in plain} == {None}
+    assert before[0].rope == plain[0].rope
+    model(input_ids=torch.arange(60)[None], use_cache=False)  # its frequencies have grown
+    assert [info.rope for info in describe(model)] == [info.rope for info in before]
+    before[0].check_length(48, kvfold.get("fisher2").keys)
+    before[0].check_length(49, kvfold.get("kivi2-g64").keys)
+    with pytest.raises(UnsupportedError, match="change beyond 48 tokens"):
+        before[0].check_length(49, kvfold.get("fisher2").keys)
+
+
+def test_longrope_holds_as_long_as_its_short_factors():
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    layers = describe(make("phi3", rope_parameters=longrope, **lengths))
+    assert {info.rope_limit for info in layers} == {64}
+    assert layers[0].rope is not None
 
 
 def test_hybrid_layers_are_listed_without_heads():

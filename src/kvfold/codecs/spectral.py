@@ -229,7 +229,12 @@ class BoundSpectral(BoundCodec):
         # where each coordinate's codebook starts in the table of all
         self.start = (2**widths - 1)[:, None].to(site.device)
         self.has_bits = has_bits[:, None].to(site.device)
-        self.books = [b for b in range(1, MAX_BITS + 1) if bool((widths == b).any())]
+        # widths in use, and the coordinates among which some head has them
+        self.books: list[tuple[int, slice]] = []
+        for b in range(1, MAX_BITS + 1):
+            found = (widths == b).any(0).nonzero().flatten().tolist()
+            if found:
+                self.books.append((b, slice(found[0], found[-1] + 1)))
         self.gains = gain_table().to(site.device)
         active = has_bits.float()
         share = active / active.sum(-1, keepdim=True).clamp_min(1)
@@ -298,9 +303,11 @@ class BoundSpectral(BoundCodec):
 
     def _nearest(self, y: Tensor) -> Tensor:
         codes = torch.zeros_like(y, dtype=torch.uint8)
-        for b in self.books:
+        for b, part in self.books:
             levels = self.levels[2**b - 1 : 2 ** (b + 1) - 1]
-            codes = torch.where(self.start == 2**b - 1, lloyd_max.quantise(y, levels), codes)
+            here = self.start[..., part] == 2**b - 1
+            nearest = lloyd_max.quantise(y[..., part], levels)
+            codes[..., part] = torch.where(here, nearest, codes[..., part])
         return codes
 
     def _with_gain(self, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -286,7 +286,7 @@ def collect(
     window: int = 64,
     tile: int = 128,
     samples: int = 8192,
-    draws: int = 1,
+    draws: int | None = None,
     seed: int = 0,
     conditions: dict[str, Any] | None = None,
     resume: str | Path | None = None,
@@ -301,15 +301,17 @@ def collect(
         window: most recent tokens of each query, likewise.
         tile: tokens of a run in the tile form.
         samples: tokens that are kept of all windows together, for the fit of levels.
-        draws: sets of labels per window, each one backward pass.
+        draws: sets of labels per window, each one backward pass; by default more than one where
+            there are few tokens, see `draws_for`.
         seed: of labels and samples.
         conditions: for the header.
         resume: a file that is written after every window and continued from if it is there.
         progress: called with passes done and passes in all.
 
     Raises:
-        UnsupportedError: a model without full-attention layers, with RoPE that depends on the
-            length, or whose attention does not go through transformers' AttentionInterface.
+        UnsupportedError: a model without full-attention layers, windows beyond the length up to
+            which its RoPE keeps its frequencies, or a model whose attention does not go through
+            transformers' AttentionInterface.
         CalibrationError: windows that are no longer than sinks and window, or a file to resume
             from that is of another run.
     """
@@ -324,7 +326,7 @@ def collect(
         "window": window,
         "tile": tile,
         "samples": samples,
-        "draws": draws,
+        "draws": draws_for(windows.numel()) if draws is None else draws,
         "seed": seed,
     }
     total = 2 * len(windows)
@@ -344,6 +346,46 @@ def collect(
     return found
 
 
+def draws_for(tokens: int) -> int:
+    """Sets of labels for a calibration of so many tokens: the metric of few tokens is noisy.
+
+    >>> [draws_for(tokens) for tokens in (512, 2048, 8192, 32_768)]
+    [8, 8, 2, 1]
+    """
+    return min(8, max(1, 16_384 // tokens))
+
+
+def expected_bytes(model: nn.Module, context: int = 2048, device: str = "cuda") -> dict[str, int]:
+    """About what a calibration holds at its peak, by part, from the model's shapes alone.
+
+    The graph is that of one window: every layer's activations, or, where those are more than
+    `ACTIVATION_BYTES`, every layer's input and one layer's activations. `moments` are sums over
+    tokens for all layers in every frame. A model on the `meta` device will do.
+    """
+    config, layers = text_config(model), {i.index: i for i in describe(model)}
+    full = {k: i for k, i in layers.items() if i.kind == "full_attention"}
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    size, depth = floats[0].itemsize, config.num_hidden_layers
+    graph = _activation_bytes(model, full, context)
+    if graph > ACTIVATION_BYTES:
+        graph = graph // depth + depth * context * config.hidden_size * size
+    heads = config.num_attention_heads
+    chunk = min(context, max(16, CHUNK_ELEMENTS.get(device, 1 << 25) // (heads * context)))
+    return {
+        "weights": sum(p.numel() * p.itemsize for p in floats),
+        "graph": graph,
+        # the logits, and their gradient
+        "logits": 2 * context * config.vocab_size * size,
+        # weights, their gradients and masked copies of a chunk of queries, in float32
+        "attention": 6 * 4 * chunk * heads * context,
+        # covariance and metric of keys in the frames of all forms, and of values
+        "moments": sum(
+            2 * 4 * i.num_kv_heads * (len(FORMS) * i.key_dim**2 + i.value_dim**2)
+            for i in full.values()
+        ),
+    }
+
+
 def _check(model: nn.Module, layers: dict[int, LayerInfo], windows: Tensor, exact: int) -> None:
     kind = text_config(model).model_type
     if not layers:
@@ -351,10 +393,12 @@ def _check(model: nn.Module, layers: dict[int, LayerInfo], windows: Tensor, exac
     unknown = [i.index for i in layers.values() if i.rope is None]
     if unknown:
         raise UnsupportedError(
-            f"model type {kind!r} has rotary embeddings in layers {unknown[:4]} that depend on the "
-            "length (dynamic, longrope) or are unknown; fisher needs fixed frequencies (default, "
-            "linear, yarn, llama3, partial) or a model without RoPE"
+            f"model type {kind!r} has rotary embeddings in layers {unknown[:4]} that are unknown; "
+            "fisher needs those of transformers (default, linear, yarn, llama3, dynamic, partial) "
+            "or a model without RoPE"
         )
+    for info in layers.values():
+        info.check_length(windows.shape[-1], Fisher())
     if windows.ndim != 2 or windows.shape[1] <= exact + 1:
         raise CalibrationError(
             f"windows have shape {tuple(windows.shape)}; [windows, tokens] with more than "
@@ -504,7 +548,7 @@ def calibrate(
     sinks: int = 4,
     window: int = 64,
     seed: int = 0,
-    draws: int = 1,
+    draws: int | None = None,
     targets: Sequence[float] = TARGETS,
     forms: Sequence[str] = FORMS,
     recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
@@ -525,7 +569,7 @@ def calibrate(
         sinks: first tokens of a sequence, which the cache keeps exact.
         window: most recent tokens, likewise.
         seed: of labels and samples.
-        draws: sets of labels per window.
+        draws: sets of labels per window; by default `draws_for` the tokens.
         targets: code bits per element to fit tables for.
         forms: frames of the keys to fit them in.
         recipe: of the fit.

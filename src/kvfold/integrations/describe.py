@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvfold.codec import Codec
 from kvfold.transforms.rope import Rope
 
 SUPPORTED = (
@@ -55,8 +56,10 @@ class LayerInfo:
         key_dim: channels of a key head.
         value_dim: channels of a value head.
         rope: the layer's rotation, one without frequencies where the model has none, None where
-            it is unknown or changes with the length.
+            it is unknown.
         module: the attention module (the token mixer of a layer that is no attention).
+        rope_limit: tokens up to which `rope` holds, where frequencies change with the length
+            (dynamic, longrope); None where they never do.
     """
 
     index: int
@@ -66,6 +69,26 @@ class LayerInfo:
     value_dim: int
     rope: Rope | None
     module: nn.Module = field(compare=False, repr=False)
+    rope_limit: int | None = None
+
+    def check_length(self, tokens: int, codec: Codec) -> None:
+        """Raise where a codec of keys before RoPE meets frequencies that have changed.
+
+        Args:
+            tokens: of the longest row, positions counted.
+            codec: of the layer's keys.
+
+        Raises:
+            UnsupportedError: more tokens than `rope_limit`.
+        """
+        if self.rope_limit is not None and codec.pre_rope and tokens > self.rope_limit:
+            raise UnsupportedError(
+                f"layer {self.index} has rotary frequencies that change beyond {self.rope_limit} "
+                f"tokens (dynamic, longrope) and {tokens} were given; "
+                f"{type(codec).__name__.lower()} codes keys before RoPE and holds no more: use a "
+                "preset that codes keys as they are (turboquant, kivi, spectral), or a model with "
+                "fixed frequencies (default, linear, yarn, llama3)"
+            )
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -123,7 +146,8 @@ def describe(model: nn.Module) -> list[LayerInfo]:
         key = (kind, key_dim, type(module), _skips_rope(module, config, kind, index))
         if key not in ropes:
             ropes[key] = _rope(base, module, config, kind, index, key_dim)
-        layers.append(LayerInfo(index, kind, heads, key_dim, value_dim, ropes[key], module))
+        limit = _rope_limit(base, module, config, kind) if ropes[key] else None
+        layers.append(LayerInfo(index, kind, heads, key_dim, value_dim, ropes[key], module, limit))
     return layers
 
 
@@ -282,11 +306,11 @@ def _rope(
     if rotary is None:
         return None
     prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
-    rope_type = getattr(rotary, "rope_type", "default")
-    if isinstance(rope_type, dict):
-        rope_type = rope_type.get(kind, "default")
-    inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
-    if rope_type in _LENGTH_DEPENDENT or not isinstance(inv_freq, Tensor) or inv_freq.is_meta:
+    rope_type = _rope_type(rotary, kind)
+    # of frequencies that change with the length, those of short sequences
+    original = "original_" if rope_type in _LENGTH_DEPENDENT else ""
+    inv_freq = getattr(rotary, f"{prefix}{original}inv_freq", None)
+    if not isinstance(inv_freq, Tensor) or inv_freq.is_meta:
         return None
     scaling = getattr(rotary, f"{prefix}attention_scaling", 1.0)
     frequencies = tuple(inv_freq.detach().float().cpu().tolist())
@@ -300,6 +324,24 @@ def _rope(
         if _agrees(rope, apply, rotary, kind):
             return rope
     return None
+
+
+def _rope_type(rotary: nn.Module, kind: str) -> str:
+    found: Any = getattr(rotary, "rope_type", "default")
+    return found.get(kind, "default") if isinstance(found, dict) else found
+
+
+def _rope_limit(base: nn.Module, module: nn.Module, config: Any, kind: str) -> int | None:
+    """Tokens up to which frequencies are those of short sequences; None if they never change."""
+    rotary = getattr(module, "rotary_emb", None) or getattr(base, "rotary_emb", None)
+    if rotary is None or _rope_type(rotary, kind) not in _LENGTH_DEPENDENT:
+        return None
+    known = getattr(config, "rope_parameters", None) or {}
+    known = known.get(kind, known)
+    trained = known.get("original_max_position_embeddings")
+    if trained is None or _rope_type(rotary, kind) == "dynamic":
+        trained = getattr(rotary, "original_max_seq_len", config.max_position_embeddings)
+    return int(trained)
 
 
 def _agrees(rope: Rope, apply: Callable[..., Any], rotary: nn.Module, kind: str) -> bool:

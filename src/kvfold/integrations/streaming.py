@@ -250,6 +250,9 @@ class Session:
             codecs = (None, None)
         else:
             codecs, sliding_window = self.codecs(layer, key.device), None
+            if layer.rope_limit is not None:
+                last = key.shape[2] if self.positions is None else int(self.positions.max()) + 1
+                layer.check_length(last, self.config.preset_of(layer.index).keys)
             self.seen.add(layer.index)
         order, lengths, positions, inverse = (
             t if t is None else t.to(key.device)

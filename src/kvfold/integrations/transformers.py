@@ -427,10 +427,18 @@ class FoldedCache(DynamicCache):
                     "the cache holds padded rows and this pass has no attention_mask; pass "
                     f"attention_mask [{rows}, {slots + queries}]"
                 )
+            self._check_length(slots + queries, positions)
             self.step = self.timeline.plan(rows, queries, valid, positions)
         except BaseException:
             self._lock.release()
             raise
+
+    def _check_length(self, tokens: int, positions: Tensor | None) -> None:
+        bounded = [layer for layer in self.folded_layers if layer.info.rope_limit is not None]
+        if bounded and positions is not None:
+            tokens = int(positions.max()) + 1
+        for layer in bounded:
+            layer.info.check_length(tokens, layer.preset.keys)
 
     def end(self, failed: bool) -> None:
         """Commit a forward pass, or mark the cache as failed; called by the hook after it."""
