@@ -380,11 +380,11 @@ def spectral_variants(bits: float) -> dict[str, Preset]:
         "gain of keys": of(gain=True, values={"gain": False}),
         "gain of values": of(values={"gain": True}),
         "gain, layer": of(**gain),
+        "gain, layer, search 4": of(search=4, **gain),
         "gain, layer, keys +1/4 bit": of(0.25, **gain),
-        "gain, layer, keys +1/2 bit": of(0.5, **gain),
+        "gain, layer, keys -1/8 bit": of(-0.125, **gain),
         "gain, layer, keys -1/4 bit": of(-0.25, **gain),
-        "gain, head, keys +1/4 bit": of(0.25, gain=True),
-        "gain, head, keys +1/2 bit": of(0.5, gain=True),
+        "gain, layer, keys -1/2 bit": of(-0.5, **gain),
         "sketch (QJL)": of(qjl=True),
     }
 
@@ -464,6 +464,8 @@ def calibrations(bench: Bench) -> None:
     sets = {f"set {i}": ids[i * count : (i + 1) * count] for i in range(3)}
     sets |= {"2048 tokens": ids[:1], "8192 tokens": ids[:4]}
     for name, windows in sets.items():
+        if bench.args.only and name not in bench.args.only.split(";"):
+            continue
         made = bench.artefact(
             bench.statistics(name, windows=windows), [Fisher(2.0, f) for f in ("tile", "pre")]
         )
@@ -509,7 +511,7 @@ def main() -> None:
     add("--test", required=True, help="wiki.test.raw")
     add("--out", required=True, type=Path)
     add("--stages", default="base,variants", help=", ".join(STAGES))
-    add("--only", default="", help="names of variants, semicolons between")
+    add("--only", default="", help="names of variants or sets, semicolons between")
     add("--spectral", default="3,2", help="bits of the variants of spectral, commas between")
     add("--threads", type=int, default=8, help="layers of spectral fitted at once")
     add("--forms", default="tile", help="forms of the variants")

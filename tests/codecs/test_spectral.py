@@ -11,12 +11,16 @@ from kvfold.codecs.spectral import Spectral
 HEADS, DIM, TOKENS = 2, 64, 6000
 
 
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def correlated(seed: int = 81_001, tokens: int = TOKENS, tails: bool = False) -> Tensor:
     """`[1, heads, tokens, dim]` with a mean, and variances over four decades in a hidden basis."""
-    generator = torch.Generator().manual_seed(81_000)
-    basis = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator))[0]
+    hidden = generator(81_000)
+    basis = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=hidden))[0]
     sigma = torch.logspace(0.5, -1.5, DIM)
-    mean = 5 * torch.randn(HEADS, 1, DIM, generator=generator)
+    mean = 5 * torch.randn(HEADS, 1, DIM, generator=hidden)
     z = torch.randn(HEADS, tokens, DIM, generator=torch.Generator().manual_seed(seed))
     if tails:  # a Laplace density
         u = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed + 1)) - 0.5
@@ -103,7 +107,40 @@ def test_sketch_is_selective_and_costs_more_error() -> None:
     assert error(code) > error(fitted(Spectral(3.0), "key"))
 
 
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_a_gain_follows_the_tokens(scope: str) -> None:
+    """Where tokens differ in size, a byte of gain is worth more than the bits it costs."""
+    size = (0.7 * torch.randn(1, HEADS, TOKENS, 1, generator=generator(81_700))).exp()
+    x = correlated() * size
+    site = Site("value", HEADS, DIM, 128)
+    blocks, positions = x[:, :, :1280].unflatten(2, (-1, 128))[0].transpose(0, 1), torch.arange(128)
+    positions = positions.expand(len(blocks), -1)
+    errors = []
+    for gain in (False, True):
+        codec = Spectral(3.0, scope=scope, gain=gain)  # type: ignore[arg-type]
+        calibrator = codec.calibrator(site)
+        calibrator.add(x, torch.arange(TOKENS)[None])
+        code = codec.bind(site, ExampleTables(calibrator.tables()))
+        assert code.layout.nbytes * 8 == 3 * HEADS * DIM * 128
+        rest = code.decode(code.encode(blocks, positions), positions) - blocks
+        errors.append(rest.square().mean().item())
+    assert errors[1] < 0.75 * errors[0], f"{errors[1]:.4f} with a gain, {errors[0]:.4f} without"
+
+
+def test_a_layers_budget_goes_to_the_wider_head() -> None:
+    variances = torch.tensor([[1.0] * DIM, [1e-2] * DIM])
+    alone = Spectral(3.0).widths(variances, "value")[0].sum(1)
+    shared = Spectral(3.0, scope="layer").widths(variances, "value")[0].sum(1)
+    assert alone.tolist() == [3 * DIM, 3 * DIM]
+    assert shared.sum() == 6 * DIM
+    assert shared[0] > shared[1] + 2 * DIM
+
+
 def test_stated_errors() -> None:
+    with pytest.raises(CodecError, match="gain and qjl exclude each other"):
+        Spectral(3.0, gain=True, qjl=True)
+    with pytest.raises(CodecError, match="scope is 'head' or 'layer', not 'model'"):
+        Spectral(3.0, scope="model")  # type: ignore[arg-type]
     with pytest.raises(CodecError, match="kvfold calibrate --model M --preset spectral3"):
         Spectral(3.0).bind(Site("key", 2, 64))
     with pytest.raises(CodecError, match="at most 6 bits, not 7"):

@@ -83,7 +83,7 @@ class Spectral(Codec):
     value_noise_bits: int | None = None
     scope: Literal["head", "layer"] = "head"
     gain: bool = False
-    search: int = 4
+    search: int = 8
     qjl: bool = False
     seed: int = 0
 
@@ -436,11 +436,13 @@ def _group_len(dim: int) -> int:
     return dim // next(parts for parts in range(min(8, dim), 0, -1) if dim % parts == 0)
 
 
-for _bits, _nmse in ((2, 0.13), (3, 0.038), (4, 0.0105)):
+#: bits of the presets are totals: the gain's are taken from the codes'
+for _bits, _nmse in ((2, 0.155), (3, 0.043), (4, 0.0115)):
+    _codec = Spectral(float(_bits), scope="layer", gain=True)
     register(
         f"spectral{_bits}",
-        keys=Spectral(float(_bits)),
-        values=Spectral(float(_bits)),
+        keys=_codec,
+        values=_codec,
         gaussian_nmse=(_nmse, _nmse),
-        summary="eigenbasis of each head, water-filled widths, fitted codebooks",
+        summary="eigenbasis of each head, water-filled widths, fitted codebooks, a gain a token",
     )
