@@ -70,7 +70,7 @@ def main() -> None:
         "fit_s": end - collected,
         "codecs": len(codecs),
         "peak_bytes": peak,
-        "expected": total(collect_fisher.expected_bytes(model, 2048, device.type)),
+        "expected": total(collect_fisher.expected_bytes(model, windows.shape[1], device.type)),
         "expected_8b_bfloat16_cuda": total(collect_fisher.expected_bytes(large, 2048, "cuda")),
         # on the host: residuals and gradients of the sampled tokens, in two bytes each
         "samples_8b_bytes": sum(
