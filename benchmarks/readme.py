@@ -85,7 +85,77 @@ def memory() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"presets": presets, "fidelity": fidelity, "fisher": fisher, "memory": memory}
+def lines_of(name: str, /, **wanted: object) -> list[dict]:
+    """The measurements of a file of `fisher_gpu.py` whose entries are as wanted."""
+    text = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def ablation() -> str:
+    """`fisher2`, one ingredient at a time, on held-out windows of `valid` and on `test`."""
+    lines = ["| `fisher2` | KL, held-out `valid` | KL, test |", "|---|---|---|"]
+    found: dict[str, dict[str, float]] = {}
+    for row in lines_of("fisher_ablation", what="variant", form="tile", code_bits=2.0):
+        found.setdefault(row["name"], {})[row["on"]] = row["kl"]
+    for name, on in found.items():
+        cells = [f"{on[where]:.5f}" if where in on else "not run" for where in ("tune", "test")]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def robustness() -> str:
+    """`fisher2` away from what it was calibrated on."""
+    forms = ("tile", "post", "pre")
+    lines = ["| KL at 2.13 bits | tile | post | pre |", "|---|---|---|---|"]
+
+    def add(what: str, rows: list[dict]) -> None:
+        kl = {row["form"]: row["kl"] for row in rows}
+        cells = [f"{kl[form]:.4f}" if form in kl else "-" for form in forms]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+
+    base = lines_of("fisher_robustness", what="context", context=2048)
+    add("WikiText-2 test, context 2048", base)
+    for context in (4096, 8192):
+        _, rows = fidelity_rows(f"wikitext2_smollm2_{context}.json")
+        names = {"fisher2": "tile", "fisher2-post": "post", "fisher2-pre": "pre"}
+        rows = [{"form": names[row["preset"]], "kl": row["kl_mean"]} for row in rows]
+        add(f"context {context}, calibrated at 2048", rows)
+    for name, what in (("base", "WikiText"), ("python", "Python"), ("both", "half of each")):
+        for on, text in (("python", "Python source"), ("test", "WikiText-2 test")):
+            rows = lines_of("fisher_robustness", what="domain", name=name, on=on)
+            add(f"{text}, calibrated on {what}", rows)
+    for name in ("set 0", "set 1", "set 2"):
+        rows = lines_of("fisher_robustness", what="calibration", name=name)
+        add(f"WikiText-2 test, calibration {name} of three disjoint ones", rows)
+    rows = lines_of("fisher_few_tokens", what="calibration", name="2048 tokens")
+    add("WikiText-2 test, calibrated on 2,048 tokens", rows)
+    return "\n".join(lines)
+
+
+def calibration() -> str:
+    """Time and memory of a calibration, measured and by arithmetic."""
+    c = json.loads((RESULTS / "calibrate_gpu.json").read_text(encoding="utf-8"))
+    large, small = c["expected_8b_bfloat16_cuda"], c["expected"]
+    return (
+        f"{c['tokens']:,} tokens of the demo model on one {c['device']}: {c['collect_s']:.1f} s "
+        f"for the statistics and {c['fit_s']:.1f} s for the tables of {c['codecs']} codes, at a "
+        f"peak of {c['peak_bytes'] / 2**30:.1f} GiB (`collect_fisher.expected_bytes` puts it at "
+        f"{small['sum'] / 2**30:.1f}). By the same arithmetic a model shaped like Llama 3.1 8B in "
+        f"bfloat16 peaks at {large['sum'] / 2**30:.1f} GiB, {large['weights'] / 2**30:.1f} of them "
+        f"weights, and keeps {c['samples_8b_bytes'] / 2**30:.1f} GiB of samples on the host."
+    )
+
+
+TABLES = {
+    "presets": presets,
+    "fidelity": fidelity,
+    "fisher": fisher,
+    "ablation": ablation,
+    "robustness": robustness,
+    "calibration": calibration,
+    "memory": memory,
+}
 
 
 def draw(path: Path) -> None:
