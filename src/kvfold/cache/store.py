@@ -5,7 +5,7 @@ k in slot `(k - sinks) % size`), and when a block leaves the window it is coded 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Pages:
 class View:
     """What the queries of one step see of a layer: exact states, then pages.
 
+    Where the step is one token a row, the exact states are the store's own (sinks, then the ring)
+    and hold until the next append; elsewhere they are a copy.
+
     Args:
         keys: exact keys `[rows, heads, exact, key_dim]`: sinks, window, and this step's tokens.
         values: exact values, likewise.
@@ -55,16 +58,34 @@ class LayerStore:
     """The packed cache of one layer, for all rows of a batch; allocated by its first states."""
 
     pool: Pool
-    sink_keys: Tensor  #: [rows, heads, sinks, key_dim]
-    sink_values: Tensor
-    ring_keys: Tensor  #: [rows, heads, window + block, key_dim]
-    ring_values: Tensor
+    exact_keys: Tensor  #: [rows, heads, sinks + window + block, key_dim]: sinks, then the ring
+    exact_values: Tensor
 
     def __init__(self, key: BoundCodec, value: BoundCodec, timeline: Timeline) -> None:
         self.key, self.value, self.timeline = key, value, timeline
         self.layout = page_layout(key, value)
         self.ring_len = timeline.window + timeline.block
         self.is_allocated = False
+
+    @property
+    def sink_keys(self) -> Tensor:
+        """`[rows, heads, sinks, key_dim]`."""
+        return self.exact_keys[:, :, : self.timeline.sinks]
+
+    @property
+    def sink_values(self) -> Tensor:
+        """`[rows, heads, sinks, value_dim]`."""
+        return self.exact_values[:, :, : self.timeline.sinks]
+
+    @property
+    def ring_keys(self) -> Tensor:
+        """`[rows, heads, window + block, key_dim]`."""
+        return self.exact_keys[:, :, self.timeline.sinks :]
+
+    @property
+    def ring_values(self) -> Tensor:
+        """`[rows, heads, window + block, value_dim]`."""
+        return self.exact_values[:, :, self.timeline.sinks :]
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -83,10 +104,10 @@ class LayerStore:
         if step.reads_folded_now:
             self._write_exact(keys, values, step, (0,) * step.rows)
             self._fold(None, None, step)
-            return None if step.is_first else self._view(step, step.folded, (), step.length)
+            return None if step.is_first else self._view(step, step.folded, step.length)
         view = None
         if not step.is_first:
-            view = self._view(step, step.folded_before, (keys, values), step.start)
+            view = self._view(step, step.folded_before, step.start, (keys, values))
         self._fold(keys, values, step)
         self._write_exact(keys, values, step, step.folded)
         return view
@@ -102,16 +123,13 @@ class LayerStore:
                 )
 
     def _allocate(self, keys: Tensor, values: Tensor, step: Step) -> None:
-        def empty(like: Tensor, tokens: int) -> Tensor:
-            shape = (step.rows, like.shape[1], tokens, like.shape[3])
+        def empty(like: Tensor) -> Tensor:
+            shape = (step.rows, like.shape[1], self.timeline.sinks + self.ring_len, like.shape[3])
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
         # not inference tensors: a prefix folded under inference_mode is continued elsewhere
         with torch.inference_mode(False):
-            self.sink_keys = empty(keys, self.timeline.sinks)
-            self.sink_values = empty(values, self.timeline.sinks)
-            self.ring_keys = empty(keys, self.ring_len)
-            self.ring_values = empty(values, self.ring_len)
+            self.exact_keys, self.exact_values = empty(keys), empty(values)
         self.pool = Pool(self.layout.nbytes, step.slab_pages, keys.device)
         self.is_allocated = True
 
@@ -120,30 +138,25 @@ class LayerStore:
         sinks, block = self.timeline.sinks, self.timeline.block
         if step.reads_folded_now and step.source is None and len(set(step.start)) == 1:
             k = step.start[0]  # decoding with rows of one length: one slot for all
-            targets = (
-                (self.sink_keys, self.sink_values, k)
-                if k < sinks
-                else (self.ring_keys, self.ring_values, (k - sinks) % self.ring_len)
-            )
-            targets[0][:, :, targets[2]] = keys[:, :, 0]
-            targets[1][:, :, targets[2]] = values[:, :, 0]
+            at = k if k < sinks else sinks + (k - sinks) % self.ring_len
+            self.exact_keys[:, :, at] = keys[:, :, 0]
+            self.exact_values[:, :, at] = values[:, :, 0]
             return
         for r in range(step.rows):
             first_hot = sinks + block * folded[r]
             tokens = range(step.start[r], step.start[r] + step.count[r])
-            for wanted, to_keys, to_values, size in (
-                (range(sinks), self.sink_keys, self.sink_values, max(sinks, 1)),
-                (range(first_hot, tokens.stop), self.ring_keys, self.ring_values, self.ring_len),
+            for wanted, base, size in (
+                (range(sinks), 0, max(sinks, 1)),
+                (range(first_hot, tokens.stop), sinks, self.ring_len),
             ):
                 low, high = max(wanted.start, tokens.start), min(wanted.stop, tokens.stop)
                 if low >= high:
                     continue
                 at = torch.arange(low, high)
                 slots = self._slots(step, r, at - step.start[r]).to(keys.device)
-                base = 0 if to_keys is self.sink_keys else sinks
-                to = ((at - base) % size).to(keys.device)
-                to_keys[r, :, to] = keys[r, :, slots]
-                to_values[r, :, to] = values[r, :, slots]
+                to = (base + (at - base) % size).to(keys.device)
+                self.exact_keys[r, :, to] = keys[r, :, slots]
+                self.exact_values[r, :, to] = values[r, :, slots]
 
     def _slots(self, step: Step, row: int, nth: Tensor) -> Tensor:
         """Slots within the pass of a row's nth new tokens."""
@@ -198,55 +211,27 @@ class LayerStore:
         self,
         step: Step,
         folded: tuple[int, ...],
-        fresh: tuple[Tensor, ...],
         length: tuple[int, ...],
+        fresh: tuple[Tensor, Tensor] | None = None,
     ) -> View:
         """The exact states of rows of these lengths and page counts, then the fresh ones."""
-        device = self.ring_keys.device
-        sinks, block, size = self.timeline.sinks, self.timeline.block, self.ring_len
-        lengths = torch.tensor(length, device=device)[:, None]
-        sink = torch.arange(sinks, device=device).expand(step.rows, -1)
-        sink = torch.where(sink < lengths, sink, -1)
-        # token in ring slot i: the latest k < length with (k - sinks) % size == i, if still hot
-        slot = torch.arange(size, device=device)
-        newest = lengths - 1 - sinks
-        k = newest - (newest - slot) % size + sinks
-        hot_from = torch.tensor(folded, device=device)[:, None] * block + sinks
-        hot = torch.where((k >= hot_from) & (newest >= 0), k, -1)
-        keys, values, tokens = [self.sink_keys], [self.sink_values], [sink]
-        keys.append(self.ring_keys)
-        values.append(self.ring_values)
-        tokens.append(hot)
-        if fresh:
-            keys.append(fresh[0])
-            values.append(fresh[1])
-            tokens.append(self.query_tokens(step, device))
-        # concatenation copies: the ring may be overwritten while the view is read
-        return View(
-            torch.cat(keys, 2),
-            torch.cat(values, 2),
-            torch.cat(tokens, 1),
-            self.query_tokens(step, device),
-            folded,
-            self,
-            step,
+        device = self.exact_keys.device
+        keys, values = self.exact_keys, self.exact_values
+        tokens = step.memo(
+            ("exact tokens", device, folded, length),
+            lambda: self.timeline.exact_tokens(folded, length).to(device),
         )
+        query_tokens = step.memo(("query tokens", device), lambda: step.query_tokens().to(device))
+        if fresh is not None:  # a copy: the ring is overwritten before the view is read
+            keys, values = torch.cat((keys, fresh[0]), 2), torch.cat((values, fresh[1]), 2)
+            tokens = torch.cat((tokens, query_tokens), 1)
+        return View(keys, values, tokens, query_tokens, folded, self, step)
 
     def view_now(self) -> View:
-        """All that the layer holds, for no query."""
+        """All that the layer holds, for no query; a copy."""
         step = self.timeline.now()
-        return self._view(step, step.folded, (), step.start)
-
-    @staticmethod
-    def query_tokens(step: Step, device: torch.device) -> Tensor:
-        """`[rows, queries]` token index of each slot of the pass, -1 for padding."""
-        start = torch.tensor(step.start)[:, None]
-        if step.source is None:
-            return (start + torch.arange(step.queries)).to(device)
-        out = torch.full((step.rows, step.queries), -1)
-        for r in range(step.rows):
-            out[r, step.source[r, : step.count[r]]] = torch.arange(step.count[r]) + step.start[r]
-        return out.to(device)
+        view = self._view(step, step.folded, step.start)
+        return replace(view, keys=view.keys.clone(), values=view.values.clone())
 
     def group_blocks(self, rows: int) -> int:
         """Blocks of `rows` rows that are read together."""
@@ -313,16 +298,15 @@ class LayerStore:
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
         if self.is_allocated:
-            for name in ("sink_keys", "sink_values", "ring_keys", "ring_values"):
-                state = getattr(self, name)
-                setattr(self, name, state.index_select(0, rows.to(state.device)))
+            rows = rows.to(self.exact_keys.device)
+            self.exact_keys = self.exact_keys.index_select(0, rows)
+            self.exact_values = self.exact_values.index_select(0, rows)
 
     def copied(self, timeline: Timeline) -> "LayerStore":
         """The same content with storage of its own, under another timeline; tables are shared."""
         new = LayerStore(self.key, self.value, timeline)
         if self.is_allocated:
-            for name in ("sink_keys", "sink_values", "ring_keys", "ring_values"):
-                setattr(new, name, getattr(self, name).clone())
+            new.exact_keys, new.exact_values = self.exact_keys.clone(), self.exact_values.clone()
             new.pool = Pool(self.pool.page_bytes, self.pool.slab_pages, self.pool.device)
             new.pool.slabs = [slab.clone() for slab in self.pool.slabs]
             new.is_allocated = True

@@ -10,11 +10,14 @@ has folded the others in pages of B tokens, page m holding tokens `S + B m .. S 
 All layers share one timeline: their pages have the same numbers in pools of their own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class CacheError(ValueError):
@@ -55,6 +58,27 @@ class Step:
     slab_pages: int
     table: Sequence[Sequence[int]]
     generation: int
+    made: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
+
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once a step: all layers read the same numbers."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]  # type: ignore[return-value]
+
+    def on(self, device: torch.device, folded: tuple[int, ...]) -> "Located":
+        """The step's numbers on a device, for queries that read `folded` pages of each row."""
+        return self.memo(("on", device, folded), lambda: Located.of(self, folded, device))
+
+    def query_tokens(self) -> Tensor:
+        """`[rows, queries]` token index of each slot of the pass, -1 for padding."""
+        start = torch.tensor(self.start)[:, None]
+        if self.source is None:
+            return start + torch.arange(self.queries)
+        out = torch.full((self.rows, self.queries), -1)
+        for r in range(self.rows):
+            out[r, self.source[r, : self.count[r]]] = torch.arange(self.count[r]) + self.start[r]
+        return out
 
     @property
     def rows(self) -> int:
@@ -78,6 +102,35 @@ class Step:
         A longer pass attends to its own tokens exactly, and to what was hot before it.
         """
         return self.queries == 1
+
+
+@dataclass(frozen=True)
+class Located:
+    """A step's numbers as int32 tensors on a device, as kernels read them.
+
+    Args:
+        length: `[rows]` tokens of each row after the pass.
+        folded: `[rows]` pages of each row that its queries read.
+        first: `[rows]` position of each row's token 0.
+        table: `[rows, most pages of a row]` page numbers, 0 behind a row's last page.
+    """
+
+    length: Tensor
+    folded: Tensor
+    first: Tensor
+    table: Tensor
+
+    @staticmethod
+    def of(step: Step, folded: tuple[int, ...], device: torch.device) -> "Located":
+        """The numbers of a step."""
+        table = torch.zeros(step.rows, max(folded, default=0), dtype=torch.int32)
+        for r, count in enumerate(folded):
+            table[r, :count] = torch.tensor(step.table[r][:count], dtype=torch.int32)
+
+        def numbers(x: tuple[int, ...]) -> Tensor:
+            return torch.tensor(x, dtype=torch.int32).to(device)
+
+        return Located(numbers(step.length), numbers(folded), numbers(step.first), table.to(device))
 
 
 class Timeline:
@@ -127,6 +180,20 @@ class Timeline:
     def folded_at(self, length: int) -> int:
         """Pages of a row of `length` tokens that was never cropped."""
         return max(0, (length - self.window - self.sinks) // self.block)
+
+    def exact_tokens(self, folded: Sequence[int], length: Sequence[int]) -> Tensor:
+        """`[rows, sinks + ring]` token index held by each sink and ring slot, -1 where it is free.
+
+        A ring slot holds the latest token k < length with (k - sinks) % ring == slot, if it is hot.
+        """
+        size = self.window + self.block
+        lengths = torch.tensor(length)[:, None]
+        sink = torch.arange(self.sinks).expand(len(length), -1)
+        sink = torch.where(sink < lengths, sink, -1)
+        newest = lengths - 1 - self.sinks
+        k = newest - (newest - torch.arange(size)) % size + self.sinks
+        hot_from = torch.tensor(folded)[:, None] * self.block + self.sinks
+        return torch.cat((sink, torch.where((k >= hot_from) & (newest >= 0), k, -1)), 1)
 
     def plan(self, rows: int, queries: int, valid: Tensor | None, positions: Tensor | None) -> Step:
         """The step that adds `queries` slots to `rows` rows, with pages reserved for what it folds.

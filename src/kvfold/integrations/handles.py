@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from kvfold.attention.paged import attend
+from kvfold.attention.dispatch import attend
 from kvfold.cache.store import View
 from kvfold.cache.timeline import CacheError
 from kvfold.integrations.describe import UnsupportedError
@@ -187,6 +187,7 @@ def attention_forward(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sink_logits=kwargs.get("s_aux"),
+        say=key.notices.say,
     )
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 

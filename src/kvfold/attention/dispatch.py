@@ -1,0 +1,79 @@
+"""Which code attends: a kernel of the device, or the page walk in torch; and why."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from kvfold.attention import paged
+from kvfold.cache.store import View
+
+#: modules with a kernel, by device type; imported when a device first needs them.
+KERNELS: dict[str, str] = {}
+#: queries of a row from which a pass over packed history is the page walk's work, not a kernel's.
+MAX_QUERIES = 8
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """What a module of `kvfold.kernels` that attends offers."""
+
+    def refuses(self, q: Tensor, view: View) -> str | None:
+        """Why the kernel cannot serve these queries and this layer; None where it does."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        view: View,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """What `paged.attend` computes, in float32 or in the dtype of `q`."""
+        ...
+
+
+def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
+    """The kernel for these queries, or None and why the page walk in torch takes them."""
+    if q.shape[2] > MAX_QUERIES:
+        return None, f"{q.shape[2]} queries a row, kernels take up to {MAX_QUERIES}"
+    if not any(view.folded):
+        return None, "nothing is packed yet"
+    name = KERNELS.get(q.device.type)
+    if name is None:
+        return None, f"no kernel for {q.device.type}"
+    kernel: Kernel = import_module(name)  # type: ignore[assignment]
+    reason = kernel.refuses(q, view)
+    return (None, reason) if reason is not None else (kernel, name)
+
+
+def attend(
+    q: Tensor,
+    view: View,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    say: Callable[[str, str], None] | None = None,
+) -> Tensor:
+    """Attention output `[rows, query_heads, queries, value_dim]`, on the fastest path there is.
+
+    Args:
+        q: post-RoPE queries `[rows, query_heads, queries, key_dim]`.
+        view: what the queries may see; they attend causally by token index.
+        scaling: factor on the scores.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        sink_logits: `[query_heads]` logits that take part in the softmax and carry no value
+            (GPT-OSS).
+        say: told (topic, message) where a kernel exists for the device and refuses.
+    """
+    kernel, reason = path(q, view)
+    if kernel is not None:
+        return kernel.attend(q, view, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+    fast_device = q.device.type in KERNELS and q.shape[2] <= MAX_QUERIES and any(view.folded)
+    if say is not None and fast_device:
+        say("slow path", f"attention on packed pages runs in plain torch: {reason}")
+    return paged.attend(q, view, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
