@@ -55,8 +55,8 @@ def test_every_layer_attends_to_what_its_pages_hold(llama, prompt, name, monkeyp
     """Each decode step of each layer gives what softmax over the decoded pages gives."""
     worst = []
 
-    def both(q, view, **more):
-        out = attend(q, view, **more)
+    def both(q, view, say, **more):
+        out = attend(q, view, say=say, **more)
         wanted = oracle(q, view, **more)
         worst.append(((out - wanted).norm() / wanted.norm()).item())
         return out
