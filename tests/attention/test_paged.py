@@ -79,3 +79,52 @@ def test_the_history_is_never_decoded_at_once(name):
         attend(torch.randn(1, 4, 1, 64), view, scaling=0.125)
     whole = 2 * length * 64 * 4
     assert counter.largest < whole / 3, (counter.largest, whole)
+
+
+@pytest.mark.parametrize("name", ["identity", "fisher2", "kivi2-g64", "turboquant3"])
+def test_dropped_pages_are_read_by_nobody(name):
+    """The oracle leaves their tokens out, and so does softmax attention over what is left."""
+    torch.manual_seed(6)
+    keys, values = torch.randn(2, 2, 2, 700, 64) * 2
+    valid = torch.ones(2, 700, dtype=torch.bool)
+    valid[0, :45] = False
+    store = make_store(name, Timeline(4, 64, 128))
+    feed(store, keys, values, [650], valid)
+    store.timeline.drop(0, [1, 2])
+    store.timeline.drop(1, [0])
+    step = store.timeline.plan(2, 50, None, torch.tensor([[605], [650]]) + torch.arange(50))
+    view = store.append(keys[:, :, 650:], values[:, :, 650:], step)
+    assert view.has_holes
+    q = torch.randn(2, 8, 50, 64)
+    found, wanted = attend(q, view, scaling=0.125), oracle(q, view, scaling=0.125)
+    assert error(found, wanted) < 1e-5, error(found, wanted)
+    seen = torch.ones(2, 1, 50, 700, dtype=torch.bool).tril(650)
+    seen[0, ..., :45] = False
+    seen[0, ..., 45 + 4 + 128 : 45 + 4 + 3 * 128] = False
+    seen[1, ..., 4 : 4 + 128] = False
+    full = torch.nn.functional.scaled_dot_product_attention(
+        q, keys.repeat_interleave(4, 1), values.repeat_interleave(4, 1), seen
+    )
+    if name == "identity":
+        assert error(found, full) < 1e-5, error(found, full)
+
+
+def test_a_kernel_that_does_not_know_of_holes_is_not_asked(monkeypatch):
+    from types import ModuleType
+
+    from kvfold.attention import dispatch
+
+    store = make_store("int8", Timeline(4, 64, 128))
+    keys, values = torch.randn(2, 1, 2, 501, 64)
+    feed(store, keys, values, [500])
+    store.timeline.drop(0, [1])
+    view = store.append(keys[:, :, 500:], values[:, :, 500:], store.timeline.plan(1, 1, None, None))
+    kernel = ModuleType("kernel")
+    kernel.refuses = lambda q, view: None
+    kernel.attend = lambda *args, **more: None
+    monkeypatch.setattr(dispatch, "import_module", lambda name: kernel)
+    monkeypatch.setitem(dispatch.KERNELS, "cpu", "kernel")
+    q = torch.randn(1, 4, 1, 64)
+    assert dispatch.path(q, view) == (None, "kernel reads no rows with dropped pages")
+    kernel.HOLES = True
+    assert dispatch.path(q, view) == (kernel, "kernel")

@@ -107,3 +107,32 @@ def test_compressed_share_counts_pairs():
         pairs += n
         cold += 16 * max(0, (n - 20) // 16)
     assert timeline.compressed_share() == cold / pairs
+
+
+def test_dropped_blocks_keep_their_place_and_free_their_pages():
+    timeline = Timeline(4, 16, 16, slab_blocks=2)
+    advance(timeline, 1, 16 * 6 + 4 + 16)
+    before = list(timeline.table[0])
+    timeline.drop(0, [0, 1, 3])
+    assert timeline.folded == [6]
+    assert timeline.held == {before[2], before[4], before[5]}
+    located = timeline.now().on(torch.device("cpu"), (6,))
+    assert located.pages == [[(2, before[2]), (4, before[4]), (5, before[5])]]
+    for _ in range(3 * 16):
+        step = advance(timeline, 1, 1)
+    assert timeline.num_pages == 6, "freed pages are taken before the pool grows"
+    assert step.first == (0,)
+    assert timeline.table[0][6:] == [before[0], before[1], before[3]]
+
+
+@pytest.mark.parametrize("slots", [5, 19, 30])
+def test_a_crop_through_a_dropped_block_is_refused_and_changes_nothing(slots):
+    timeline = Timeline(4, 16, 16)
+    advance(timeline, 1, 100)
+    timeline.drop(0, [0, 1])
+    before = timeline.generation, list(timeline.table[0]), timeline.lengths
+    with pytest.raises(CacheError, match=rf"a crop to {slots} slots needs tokens .* dropped"):
+        timeline.crop(slots)
+    assert before == (timeline.generation, timeline.table[0], timeline.lengths)
+    assert timeline.crop(20) == []
+    assert timeline.lengths == [20]

@@ -17,7 +17,11 @@ MAX_QUERIES = 8
 
 @runtime_checkable
 class Kernel(Protocol):
-    """What a module of `kvfold.kernels` that attends offers."""
+    """What a module of `kvfold.kernels` that attends offers.
+
+    One that takes each page's place in its row from `view.on(device).block` says `HOLES = True`;
+    views with dropped or unchosen pages go to no other.
+    """
 
     def refuses(self, q: Tensor, view: View) -> str | None:
         """Why the kernel cannot serve these queries and this layer; None where it does."""
@@ -46,6 +50,8 @@ def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
     if name is None:
         return None, f"no kernel for {q.device.type}"
     kernel: Kernel = import_module(name)  # type: ignore[assignment]
+    if view.has_holes and not getattr(kernel, "HOLES", False):
+        return None, f"{name} reads no rows with dropped pages"
     reason = kernel.refuses(q, view)
     return (None, reason) if reason is not None else (kernel, name)
 

@@ -19,10 +19,12 @@ def oracle(
     rows, query_heads, queries, _ = q.shape
     group = query_heads // keys.shape[1]
     slots = keys.shape[2]
-    token = torch.full((rows, slots), slots, device=q.device)  # padding: behind every query
+    # padding and what is not held: behind every query
+    token = torch.full((rows, slots), slots, device=q.device)
     for r in range(rows):
-        place = view.store.slots_of(view.step, r).to(q.device)
-        token[r, place] = torch.arange(len(place), device=q.device)
+        place = view.store.slots_of(view.step, r)
+        held = view.store.reads(view, r).nonzero()[:, 0]
+        token[r, place[held].to(q.device)] = held.to(q.device)
     keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
     s = q.float() @ keys.mT * scaling
     if softcap is not None:

@@ -123,7 +123,7 @@ def _attend(
         norm = norm + (extra - top).exp()
     out = p @ view.values.float()
 
-    most = max(view.folded, default=0)
+    most = view.on(q.device).table.shape[1] if any(view.folded) else 0
     if most:
         fitting = budget // (s[..., 0].numel() * store.timeline.block)
         step = max(1, min(store.group_blocks(rows), fitting))

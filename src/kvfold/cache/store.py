@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.pool import Pool
-from kvfold.cache.timeline import Step, Timeline
+from kvfold.cache.timeline import Located, Step, Timeline
 from kvfold.codec import BoundCodec, CodecError, check_states, exact_math, page_layout
 
 #: elements of keys that one group of pages may decode to: the most extra memory of a walk.
@@ -40,9 +40,10 @@ class View:
         values: exact values, likewise.
         tokens: `[rows, exact]` token index of each, -1 where a slot is empty.
         query_tokens: `[rows, queries]` token index of each query, -1 for padding.
-        folded: pages of each row that the queries read.
+        folded: blocks of each row that are folded for these queries, dropped ones included.
         store: the layer.
         step: the step.
+        chosen: the pages that the queries read; None for all that are held (`on`).
     """
 
     keys: Tensor
@@ -52,6 +53,16 @@ class View:
     folded: tuple[int, ...]
     store: "LayerStore"
     step: Step
+    chosen: Located | None = None
+
+    def on(self, device: torch.device) -> Located:
+        """The pages that the queries read, for kernels and for the page walk."""
+        return self.chosen or self.step.on(device, self.folded)
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether blocks are left out: page i of a row is not block i there."""
+        return self.chosen is not None or self.step.dropped(self.folded)
 
 
 class LayerStore:
@@ -240,18 +251,20 @@ class LayerStore:
         return max(1, limit // (page * rows))
 
     def pages(self, view: View, low: int, high: int) -> Pages:
-        """Blocks `low` to `high - 1` of every row of a view, unpacked to fields."""
-        rows, device = view.step.rows, self.ring_keys.device
-        has = torch.tensor([[m < f for m in range(low, high)] for f in view.folded])
-        numbers = [
-            view.step.table[r][m] if m < view.folded[r] else view.step.table[_fullest(view)][0]
-            for r in range(rows)
-            for m in range(low, high)
-        ]
-        keys, values = self.layout.split(self.pool.gather(numbers))
-        blocks = torch.arange(low, high)
-        positions = torch.cat([self._positions(first, blocks) for first in view.step.first])
-        return Pages(keys, values, positions.to(device), has.to(device))
+        """Pages `low` to `high - 1` of every row of a view, unpacked to fields."""
+        device = self.ring_keys.device
+        found = view.on(device).pages
+        filler = max(found, key=len)[0]  # stands where a row has fewer pages
+        parts = [row[low:high] + [filler] * (high - max(low, len(row))) for row in found]
+        has = [[i < len(row) for i in range(low, high)] for row in found]
+        keys, values = self.layout.split(self.pool.gather([n for row in parts for _, n in row]))
+        positions = torch.cat(
+            [
+                self._positions(first, torch.tensor([m for m, _ in row]))
+                for first, row in zip(view.step.first, parts, strict=True)
+            ]
+        )
+        return Pages(keys, values, positions.to(device), torch.tensor(has, device=device))
 
     def _positions(self, first: int, blocks: Tensor) -> Tensor:
         """`[blocks, block]` RoPE positions of a row whose token 0 stands at `first`."""
@@ -263,7 +276,7 @@ class LayerStore:
         """All keys and values `[rows, heads, slots, dim]` of a view, in `dtype` or the model's own.
 
         For other attention implementations and for the oracle: this is the whole history at once.
-        Padding slots are zeros.
+        Padding slots and tokens that the view leaves out (`reads`) are zeros.
         """
         step = view.step
         slots = step.slots + step.queries
@@ -277,8 +290,8 @@ class LayerStore:
             to = place[view.tokens[r][exact]]
             out[0][r][:, to] = view.keys[r][:, exact].to(out[0].dtype)
             out[1][r][:, to] = view.values[r][:, exact].to(out[1].dtype)
-            for m in range(view.folded[r]):
-                page = self.pool.gather([step.table[r][m]])
+            for m, number in view.on(view.keys.device).pages[r]:
+                page = self.pool.gather([number])
                 at = self._positions(step.first[r], torch.tensor([m]))
                 to = place[(at[0] - step.first[r]).to(place.device)]
                 for x, bound, fields in zip(
@@ -286,6 +299,15 @@ class LayerStore:
                 ):
                     x[r][:, to] = bound.decode(fields, at.to(x.device))[0].to(x.dtype)
         return out
+
+    def reads(self, view: View, row: int) -> Tensor:
+        """`[tokens]` bool: which tokens of a row the view's queries may read."""
+        held = torch.ones(view.step.length[row], dtype=torch.bool)
+        sinks, block = self.timeline.sinks, self.timeline.block
+        held[sinks : sinks + block * view.folded[row]] = False
+        for m, _ in view.on(view.keys.device).pages[row]:
+            held[sinks + block * m : sinks + block * (m + 1)] = True
+        return held
 
     def slots_of(self, step: Step, row: int) -> Tensor:
         """Slot of each token of a row after a step that may not be committed yet."""
@@ -340,7 +362,3 @@ class LayerStore:
             "window": self.ring_keys.nbytes + self.ring_values.nbytes,
             "sinks": self.sink_keys.nbytes + self.sink_values.nbytes,
         }
-
-
-def _fullest(view: View) -> int:
-    return max(range(len(view.folded)), key=view.folded.__getitem__)

@@ -7,17 +7,23 @@ has folded the others in pages of B tokens, page m holding tokens `S + B m .. S 
 
     folded(n) = max(0, (n - W - S) // B)      hot: tokens S + B * folded .. n - 1
 
+A page may be dropped (trim, prune): its block stays counted, its tokens keep their indices, slots
+and positions, and no query sees them any more. A row's table has `DROPPED` in its place.
+
 All layers share one timeline: their pages have the same numbers in pools of their own.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+#: page number of a block that is no longer held.
+DROPPED = -1
 
 
 class CacheError(ValueError):
@@ -33,15 +39,16 @@ class Step:
         slots: slots before it.
         start: tokens of each row before it.
         count: new tokens of each row.
-        folded_before: pages of each row before it.
-        folded: pages of each row after it.
+        folded_before: folded blocks of each row before it, dropped ones included.
+        folded: folded blocks of each row after it, likewise.
         first: position of each row's token 0.
         source: `[rows, max count]` slot of each new token within the pass; None when every slot of
             every row is a token.
         pages: for each newly folded block, (row, block, page number).
         num_pages: page numbers in use or free after it, the size to which pools grow.
         slab_pages: pages of a slab.
-        table: each row's page numbers; it grows in place, so readers keep to `folded` entries.
+        table: each row's page numbers by block, `DROPPED` where the page is gone; it grows in
+            place, so readers keep to `folded` entries.
         generation: the timeline's when the step was planned.
     """
 
@@ -67,8 +74,15 @@ class Step:
         return self.made[key]  # type: ignore[return-value]
 
     def on(self, device: torch.device, folded: tuple[int, ...]) -> "Located":
-        """The step's numbers on a device, for queries that read `folded` pages of each row."""
+        """The step's numbers on a device, for queries that come after `folded` blocks a row."""
         return self.memo(("on", device, folded), lambda: Located.of(self, folded, device))
+
+    def dropped(self, folded: tuple[int, ...]) -> bool:
+        """Whether any of the first `folded` blocks of a row has been dropped."""
+        return self.memo(
+            ("dropped", folded),
+            lambda: any(DROPPED in row[:n] for row, n in zip(self.table, folded, strict=True)),
+        )
 
     def query_tokens(self) -> Tensor:
         """`[rows, queries]` token index of each slot of the pass, -1 for padding."""
@@ -106,31 +120,52 @@ class Step:
 
 @dataclass(frozen=True)
 class Located:
-    """A step's numbers as int32 tensors on a device, as kernels read them.
+    """Which pages a step's queries read, as int32 tensors on a device.
 
     Args:
         length: `[rows]` tokens of each row after the pass.
         folded: `[rows]` pages of each row that its queries read.
         first: `[rows]` position of each row's token 0.
         table: `[rows, most pages of a row]` page numbers, 0 behind a row's last page.
+        block: like `table`, which block of its row each page is, rising: it holds tokens
+            `sinks + block * B` and on, at positions `first + sinks + block * B` and on. Where no
+            block is left out it counts 0, 1, 2, ...
     """
 
     length: Tensor
     folded: Tensor
     first: Tensor
     table: Tensor
+    block: Tensor
 
     @staticmethod
     def of(step: Step, folded: tuple[int, ...], device: torch.device) -> "Located":
-        """The numbers of a step."""
-        table = torch.zeros(step.rows, max(folded, default=0), dtype=torch.int32)
-        for r, count in enumerate(folded):
-            table[r, :count] = torch.tensor(step.table[r][:count], dtype=torch.int32)
+        """The pages held of the first `folded` blocks of each row."""
+        rows = [torch.tensor(step.table[r][:n], dtype=torch.int32) for r, n in enumerate(folded)]
+        held = [(row != DROPPED).nonzero()[:, 0] for row in rows]
+        counts = tuple(map(len, held))
+        table = torch.zeros(step.rows, max(counts, default=0), dtype=torch.int32)
+        block = torch.zeros_like(table)
+        for r, blocks in enumerate(held):
+            table[r, : counts[r]] = rows[r][blocks]
+            block[r, : counts[r]] = blocks
 
         def numbers(x: tuple[int, ...]) -> Tensor:
             return torch.tensor(x, dtype=torch.int32).to(device)
 
-        return Located(numbers(step.length), numbers(folded), numbers(step.first), table.to(device))
+        return Located(
+            numbers(step.length),
+            numbers(counts),
+            numbers(step.first),
+            table.to(device),
+            block.to(device),
+        )
+
+    @cached_property
+    def pages(self) -> list[list[tuple[int, int]]]:
+        """(block, page number) of each row's pages, on the host."""
+        counts, block, table = self.folded.tolist(), self.block.tolist(), self.table.tolist()
+        return [list(zip(block[r][:n], table[r][:n], strict=True)) for r, n in enumerate(counts)]
 
 
 class Timeline:
@@ -174,8 +209,13 @@ class Timeline:
 
     @property
     def folded(self) -> list[int]:
-        """Pages of each row."""
+        """Folded blocks of each row, dropped ones included."""
         return [len(pages) for pages in self.table]
+
+    @property
+    def held(self) -> set[int]:
+        """Numbers of the pages that some row holds."""
+        return {n for row in self.table for n in row} - {DROPPED}
 
     def folded_at(self, length: int) -> int:
         """Pages of a row of `length` tokens that was never cropped."""
@@ -324,14 +364,14 @@ class Timeline:
         """Keep the first `slots` slots; gives (row, block) of blocks to decode into the window.
 
         A block that is cut is decoded once, back into the hot window; blocks behind it are dropped.
+
+        Raises:
+            CacheError: the cut goes through a block that was dropped; nothing is changed then.
         """
         reopened = []
+        left = self._left(slots)
         self.generation += 1
-        for r in range(self.rows):
-            kept = sum(
-                min(max(slots - at, 0), self._run_length(r, i))
-                for i, (at, _) in enumerate(self.runs[r])
-            )
+        for r, kept in enumerate(left):
             self.runs[r] = [(at, token) for at, token in self.runs[r] if at < slots]
             self.lengths[r] = kept
             whole = max(0, (kept - self.sinks) // self.block)
@@ -341,6 +381,16 @@ class Timeline:
                 self.table[r] = self.table[r][:whole]
         self.slots = min(self.slots, slots)
         return reopened
+
+    def check_crop(self, slots: int) -> None:
+        """Raise `CacheError` where a crop would cut a block that was dropped."""
+        self._left(slots)
+
+    def drop(self, row: int, blocks: Iterable[int]) -> None:
+        """Let go of a row's pages of these blocks; what was read before is stale then."""
+        self.generation += 1
+        for block in blocks:
+            self.table[row][block] = DROPPED
 
     def check_mask(self, mask: Tensor, *, thorough: bool) -> None:
         """Raise `CacheError` unless `mask` `[rows, slots]` marks exactly the cached tokens.
@@ -371,6 +421,25 @@ class Timeline:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     # --- inside ----------------------------------------------------------------------------
+
+    def _left(self, slots: int) -> list[int]:
+        """Tokens of each row among the first `slots` slots."""
+        left = [
+            sum(
+                min(max(slots - at, 0), self._run_length(r, i))
+                for i, (at, _) in enumerate(self.runs[r])
+            )
+            for r in range(self.rows)
+        ]
+        for r, kept in enumerate(left):
+            block, inside = divmod(kept - self.sinks, self.block)
+            if inside and 0 <= block < len(self.table[r]) and self.table[r][block] == DROPPED:
+                raise CacheError(
+                    f"a crop to {slots} slots needs tokens {kept - inside} to {kept - 1} of row "
+                    f"{r}, which were dropped (trim, prune or max_bytes); {kept - inside} tokens "
+                    "are possible"
+                )
+        return left
 
     def _run_length(self, row: int, i: int) -> int:
         runs = self.runs[row]
@@ -417,7 +486,7 @@ class Timeline:
 
     def _allocate(self, count: int) -> list[int]:
         if count > len(self.free) and self.num_pages:
-            held = {n for row in self.table for n in row}
+            held = self.held
             self.free = [n for n in range(self.num_pages) if n not in held]
         while count > len(self.free):
             self.free += range(self.num_pages, self.num_pages + self.slab_pages)
@@ -426,7 +495,9 @@ class Timeline:
         return taken
 
     def _count_pairs(self, step: Step) -> None:
-        pages = step.folded if step.reads_folded_now else step.folded_before
-        for start, count, folded in zip(step.start, step.count, pages, strict=True):
-            self.pairs_read += count * start + count * (count + 1) // 2
-            self.pairs_cold += count * folded * self.block
+        folded = step.folded if step.reads_folded_now else step.folded_before
+        for r, (start, count) in enumerate(zip(step.start, step.count, strict=True)):
+            gone = step.table[r][: folded[r]].count(DROPPED)
+            seen = start - gone * self.block
+            self.pairs_read += count * seen + count * (count + 1) // 2
+            self.pairs_cold += count * (folded[r] - gone) * self.block

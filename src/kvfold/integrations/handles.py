@@ -75,9 +75,16 @@ class FoldedStates(torch.Tensor):
 
         Raises:
             CacheError: the cache was cropped, reordered or reset since the handle was made.
+            UnsupportedError: pages were dropped: an attention that does not know which would give
+                weight to their zeros.
         """
         if not self.memo:
             view = self.view_of
+            if view.has_holes:
+                raise UnsupportedError(
+                    "keys and values were read as plain tensors, and pages were dropped (trim, "
+                    "prune or max_bytes); only kvfold's own attention leaves their tokens out"
+                )
             if view.step.generation != view.store.timeline.generation:
                 raise CacheError(
                     "this handle is stale: the cache was cropped, reordered or reset since; read "

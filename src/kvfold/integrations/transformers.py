@@ -494,7 +494,7 @@ class FoldedCache(DynamicCache):
         parts: dict[str, int] = dict.fromkeys(
             ("pages", "pool_unused", "window", "sinks", "tables", "exact_layers"), 0
         )
-        used = len({n for row in self.timeline.table for n in row})
+        used = len(self.timeline.held)
         seen: dict[int, int] = {}
         for layer in self.layers:
             if not _is_folded(layer):
@@ -571,6 +571,7 @@ class FoldedCache(DynamicCache):
         max_length = int(max_length)  # assisted decoding counts with tensors
         held = self.get_seq_length()
         keep = min(max_length, held) if max_length > 0 else max(0, held - abs(max_length))
+        self.timeline.check_crop(keep)
         for layer in self.layers:  # first, since a sliding layer past its window refuses
             if not _is_folded(layer):
                 layer.crop(max_length)
