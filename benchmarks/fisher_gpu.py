@@ -178,9 +178,7 @@ def variants() -> list[Variant]:
         Variant("-6 bits: at most 4", Recipe(max_bits=4)),
         Variant("-fitted levels", Recipe(fitted=False)),
         Variant("-gain", Recipe(gain=False), codec=NoGain),
-        # unstable before gains were clamped, and off since
-        Variant("+reweighing by gains, clamped", Recipe(reweigh=1)),
-        Variant("+reweighing, clamped, and measured errors", Recipe(reweigh=1, measured=True)),
+        Variant("-reweighing by gains", Recipe(reweigh=0)),
         # what else might be better
         Variant("gain search 8", knobs={"search": 8}),
         Variant("measured errors", Recipe(measured=True)),

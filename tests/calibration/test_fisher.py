@@ -211,6 +211,16 @@ def test_every_recipe_gives_tables_that_bind(recipe: Recipe) -> None:
         codec.bind(site, Artefact({"codecs": []}, tensors))
 
 
+def test_one_fit_gives_a_codec_the_tables_it_gets_alone() -> None:
+    """Codes of all bits and forms share a basis, so no codec may leave another's there."""
+    statistics, _keys, _ = synthetic(bias=3.0)
+    codecs = codecs_for([4.0, 2.0, 1.0])
+    together = Fit(statistics).tensors(codecs)
+    for codec in codecs:
+        for name, alone in Fit(statistics).tensors([codec]).items():
+            assert torch.equal(together[name], alone), f"{codec}: {name}"
+
+
 def test_statistics_survive_a_file(tmp_path) -> None:
     statistics, _, _ = synthetic()
     statistics.save(tmp_path / "found.safetensors")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvfold.calibration.artefact import CalibrationError
 from kvfold.codec import Side
-from kvfold.codecs.fisher import FORMS, MAX_BITS, Fisher, group_len, tag
+from kvfold.codecs.fisher import FORMS, MAX_BITS, Fisher, Form, group_len, tag
 from kvfold.quantizers.gain import gain_byte, gain_table
 from kvfold.quantizers.uniform import fit_affine, gaussian_affine
 from kvfold.transforms.rope import Rope
@@ -26,6 +26,8 @@ from kvfold.transforms.rope import Rope
 DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000644)
 #: version of the file of statistics.
 FORMAT = 1
+#: code bits whose gains reweigh the moments.
+REFERENCE_BITS = 2.0
 _NO_FRAME = ("value",)
 
 
@@ -308,7 +310,8 @@ class Recipe:
         centred_values: remove the mean value. Tokens that many queries look at in want of better
             ones have values close to zero; an error of theirs in units of the mean costs more.
         reweigh: rounds in which moments are taken again in units of each token's gain, from the
-            sampled tokens: S' = E[r r^T / g^2], G' = E[g^2 grad grad^T].
+            sampled tokens: S' = E[r r^T / g^2], G' = E[g^2 grad grad^T]. Gains are those of a code
+            of `REFERENCE_BITS`, so that codes of all bits share their transforms.
         measured: allocate by measured errors of each coordinate rather than the Gaussian's.
         fitted: fit steps and offsets; else those of N(0, 1).
         gain: fit to coordinates in units of each token's gain; else to the coordinates.
@@ -323,7 +326,7 @@ class Recipe:
     metric: Literal["fisher", "plain"] = "fisher"
     centred_keys: bool = True
     centred_values: bool = False
-    reweigh: int = 0
+    reweigh: int = 1
     measured: bool = False
     fitted: bool = True
     gain: bool = True
@@ -352,7 +355,7 @@ class Fit:
         self.statistics, self.recipe, self.device = statistics, recipe, torch.device(device)
         places = statistics.places()
         self.positions, self.index = (p.to(self.device) for p in places)
-        self._transforms: dict[tuple[int, str, str], Transform] = {}
+        self._transforms: dict[str, dict[tuple[int, Side], Transform]] = {}
 
     def tensors(self, codecs: Sequence[Fisher]) -> dict[str, Tensor]:
         """An artefact's tables for these codecs, by full name."""
@@ -369,13 +372,8 @@ class Fit:
                 "needs a calibration of its own"
             )
         found = {}
-        solved = {key: self.transform(*key, codec.form) for key in self.statistics.sides}
+        solved = self.transforms(codec.form)
         widths = self.widths(solved, codec)
-        for _ in range(self.recipe.reweigh):
-            solved = {
-                key: self._reweighed(key, codec.form, solved[key], widths[key]) for key in solved
-            }
-            widths = self.widths(solved, codec)
         for (layer, side), made in solved.items():
             wide = widths[layer, side].to(self.device)
             step, offset = self.levels((layer, side), made, wide, codec)
@@ -417,12 +415,25 @@ class Fit:
             g = scale * torch.eye(g.shape[-1], device=g.device)
         return s, g
 
-    def transform(self, layer: int, side: Side, form: str) -> Transform:
-        """The transform of a side in the frame of a form."""
-        key = (layer, side, self.statistics.sides[layer, side].frame_of(form))
-        if key not in self._transforms:
-            self._transforms[key] = transform(*self.moments((layer, side), form), self.recipe.ridge)
-        return self._transforms[key]
+    def transforms(self, form: Form) -> dict[tuple[int, Side], Transform]:
+        """The transform of every layer and side, keys in the frame of a form.
+
+        Values have no frame: theirs are the same for every form, as an artefact keeps them once.
+        """
+        if form not in self._transforms:
+            made = {
+                key: transform(*self.moments(key, form), self.recipe.ridge)
+                for key in self.statistics.sides
+            }
+            for _ in range(self.recipe.reweigh):
+                codec = Fisher(REFERENCE_BITS, form)
+                widths = self.widths(made, codec)
+                made = {key: self._reweighed(key, codec, made[key], widths[key]) for key in made}
+            if form != FORMS[0]:
+                shared = self.transforms(FORMS[0])
+                made = {key: shared[key] if key[1] == "value" else made[key] for key in made}
+            self._transforms[form] = made
+        return self._transforms[form]
 
     def widths(
         self, solved: Mapping[tuple[int, Side], Transform], codec: Fisher
@@ -507,17 +518,17 @@ class Fit:
         return torch.stack(left, -1)
 
     def _reweighed(
-        self, key: tuple[int, Side], form: str, made: Transform, widths: Tensor
+        self, key: tuple[int, Side], codec: Fisher, made: Transform, widths: Tensor
     ) -> Transform:
         """The transform for tokens in units of their gains."""
         side = self.statistics.sides[key]
-        _, gain = self.coordinates(key, made, widths, Fisher(form=form))  # type: ignore[arg-type]
+        _, gain = self.coordinates(key, made, widths, codec)
         # a few tokens of tiny gain would outweigh all others
         middle = gain.median(1, keepdim=True).values
         gain = gain.clamp(middle / 4, middle * 4).clamp_min(2.0**-6)
-        r = self.residuals(key, form) / gain
+        r = self.residuals(key, codec.form) / gain
         g = side.sample()[1].to(self.device).float()
-        g = side.framed(g, side.frame_of(form), self.positions, self.index) * gain
+        g = side.framed(g, side.frame_of(codec.form), self.positions, self.index) * gain
         metric = g.mT @ g / g.shape[1]
         if self.recipe.metric == "plain":
             scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
