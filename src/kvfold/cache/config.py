@@ -26,6 +26,8 @@ class CacheConfig:
         slab_blocks: blocks of each row by which the page pool grows.
         strict: raise where a slow or decoding path would be taken; else one warning names it.
         artefact: calibration for codecs that use one.
+        unsupported: what to do with a model that has no layer to compress (latent attention,
+            state spaces, cross-attention): `"refuse"` it by name, or keep it `"exact"`.
     """
 
     preset: str | Preset = "turboquant4"
@@ -39,8 +41,11 @@ class CacheConfig:
     slab_blocks: int = 4
     strict: bool = False
     artefact: "Artefact | None" = field(default=None, repr=False)
+    unsupported: str = "refuse"
 
     def __post_init__(self) -> None:
+        if self.unsupported not in ("refuse", "exact"):
+            raise CodecError(f"unsupported is {self.unsupported!r}; possible: 'refuse', 'exact'")
         for name, least in (("sinks", 0), ("window", 1), ("block", 16), ("slab_blocks", 1)):
             if getattr(self, name) < least:
                 raise CodecError(f"{name} ({getattr(self, name)}) must be at least {least}")

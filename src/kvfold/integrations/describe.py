@@ -45,6 +45,10 @@ class UnsupportedError(NotImplementedError):
     """A model that kvfold cannot serve: says which, why, and what is supported."""
 
 
+class EncoderError(UnsupportedError):
+    """A model that keeps no keys and values from pass to pass: there is nothing to compress."""
+
+
 @dataclass(frozen=True)
 class LayerInfo:
     """One layer of a text decoder that owns a cache entry.
@@ -126,12 +130,16 @@ def describe(model: nn.Module) -> list[LayerInfo]:
     base, config = decoder(model), text_config(model)
     if getattr(config, "kv_lora_rank", None):
         raise _unsupported(model, "caches latents (multi-head latent attention), not keys")
+    if getattr(config, "add_cross_attention", False):
+        raise _unsupported(model, "has cross-attention beside the attention of each layer")
     attention, mixers = _attention_modules(base), _mixers(base)
     kinds = _layer_kinds(config)
+    if not attention and "use_cache" not in inspect.signature(base.forward).parameters:
+        raise _unsupported(model, "is an encoder: it has no key/value cache", EncoderError)
     if not attention or not any(kind in ATTENTION_KINDS for kind in kinds):
         raise _unsupported(model, "has no attention layers with a key/value cache")
     if all(getattr(module, "is_causal", True) is False for module in attention.values()):
-        raise _unsupported(model, "is an encoder: its attention is not causal")
+        raise _unsupported(model, "is an encoder: its attention is not causal", EncoderError)
     ropes: dict[Any, Rope | None] = {}
     layers = []
     for index, kind in enumerate(kinds):
@@ -142,6 +150,9 @@ def describe(model: nn.Module) -> list[LayerInfo]:
         if index not in attention:
             raise _unsupported(model, f"has no attention module that kvfold finds in layer {index}")
         module = attention[index]
+        if "CrossAttention" in type(module).__name__:  # of mllama: the states of an image
+            layers.append(LayerInfo(index, "cross_attention", 0, 0, 0, None, module))
+            continue
         heads, key_dim, value_dim = _shape(module, config)
         key = (kind, key_dim, type(module), _skips_rope(module, config, kind, index))
         if key not in ropes:
@@ -210,9 +221,11 @@ def model_hash(model: nn.Module) -> str:
 # --- finding things ----------------------------------------------------------------------------
 
 
-def _unsupported(model: nn.Module, why: str) -> UnsupportedError:
+def _unsupported(
+    model: nn.Module, why: str, error: type[UnsupportedError] = UnsupportedError
+) -> UnsupportedError:
     kind = getattr(model.config, "model_type", type(model).__name__)
-    return UnsupportedError(f"model type {kind!r} {why}; supported are {SUPPORTED}")
+    return error(f"model type {kind!r} {why}; supported are {SUPPORTED}")
 
 
 def _attention_modules(base: nn.Module) -> dict[int, nn.Module]:

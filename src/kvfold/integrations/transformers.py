@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from kvfold.calibration.artefact import Artefact
 from kvfold.codec import Preset, Site, page_layout
 from kvfold.integrations.artefacts import for_preset
 from kvfold.integrations.describe import (
+    EncoderError,
     LayerInfo,
     UnsupportedError,
     decoder,
@@ -200,6 +201,8 @@ class FoldedCache(DynamicCache):
         artefact: an `Artefact` or the path of one; by default, for presets that require one, what
             `kvfold calibrate` left for this model or kvfold ships (the demo model's).
         bypass: store everything exactly, as the stock cache does.
+        unsupported: `"exact"` keeps a model exact that has no layer to compress (latent attention,
+            state spaces, cross-attention); `summary()` says why. By default it is refused by name.
 
     Raises:
         CodecError: unknown preset, or a layer that it does not fit.
@@ -225,12 +228,14 @@ class FoldedCache(DynamicCache):
         strict: bool = False,
         artefact: Artefact | str | None = None,
         bypass: bool = False,
+        unsupported: Literal["refuse", "exact"] = "refuse",
     ) -> None:
         if isinstance(preset, CacheConfig):
             config = preset
             given = {"keys": keys, "values": values, "overrides": overrides, "sinks": sinks}
             given |= {"window": window, "block": block, "max_tokens": max_tokens}
             given |= {"slab_blocks": slab_blocks, "strict": strict, "artefact": artefact}
+            given |= {"unsupported": unsupported}
             defaults = inspect.signature(FoldedCache.__init__).parameters
             both = [name for name, value in given.items() if value != defaults[name].default]
             if both:
@@ -253,10 +258,21 @@ class FoldedCache(DynamicCache):
                 slab_blocks=slab_blocks,
                 strict=strict,
                 artefact=artefact,
+                unsupported=unsupported,
             )
-        infos = describe(model)
+        #: why nothing is compressed, where `unsupported="exact"` was needed
+        self.exact_because: str | None = None
+        infos: list[LayerInfo] = []
+        try:
+            infos = describe(model)
+        except EncoderError:
+            raise  # it has no cache that could be kept exact
+        except UnsupportedError as error:
+            if config.unsupported == "refuse":
+                raise _with_way_out(error) from None
+            self.exact_because = str(error)
         unknown = sorted(set(config.overrides) - {info.index for info in infos})
-        if unknown:
+        if infos and unknown:
             raise CacheError(
                 f"overrides name layers {unknown}; the model has layers 0 to {infos[-1].index}"
             )
@@ -275,16 +291,17 @@ class FoldedCache(DynamicCache):
             for preset in (config.preset_of(layer) for layer in (None, *config.overrides))
             if "required" in (preset.keys.artefact, preset.values.artefact)
         ]
-        if needy and config.artefact is None:
-            config = replace(config, artefact=for_preset(model, needy[0]))
-        config.check_artefact(lambda: model_hash(model))
+        if infos:
+            if needy and config.artefact is None:
+                config = replace(config, artefact=for_preset(model, needy[0]))
+            config.check_artefact(lambda: model_hash(model))
         self.config = config
         self.dtype = next(model.parameters()).dtype
         self._model_config = cast(PreTrainedConfig, model.config)
         # without the modules: the cache does not keep the weights alive
         self._infos = {info.index: replace(info, module=cast(Any, None)) for info in infos}
         self._model = weakref.ref(model)
-        limit = getattr(decoder(model).config, "max_position_embeddings", None)
+        limit = getattr(decoder(model).config, "max_position_embeddings", None) if infos else None
         self.timeline = Timeline(
             config.sinks,
             config.window,
@@ -296,24 +313,28 @@ class FoldedCache(DynamicCache):
         self._failed = False
         self._lock = threading.Lock()
         self.notices = Notices(config.strict)
-        self._bypass = bypass
+        self._bypass = bypass or not infos
         self._set_layers()
-        self._hooks = Hooks(self, model)
+        self._hooks = None if self.exact_because else Hooks(self, model)
 
     def _set_layers(self) -> None:
         super().__init__(config=self._model_config)
         if self._bypass:
             return
         for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer and index in self._infos:
+            info = self._infos.get(index)
+            if type(layer) is DynamicLayer and info and info.kind != "cross_attention":
                 preset = self.config.preset_of(index)
-                self.layers[index] = FoldedLayer(self, self._infos[index], preset)
+                self.layers[index] = FoldedLayer(self, info, preset)
         if not self.folded_layers:
             kinds = sorted({info.kind for info in self._infos.values()})
-            raise UnsupportedError(
+            error = UnsupportedError(
                 f"no layer of this model can be compressed: its layers are {kinds}, and only "
-                "full_attention layers are; bypass=True stores everything exactly"
+                "full_attention layers are"
             )
+            if self.config.unsupported == "refuse":
+                raise _with_way_out(error)
+            self.exact_because, self._bypass = str(error), True
 
     @staticmethod
     def calibrate(
@@ -474,6 +495,8 @@ class FoldedCache(DynamicCache):
     @bypass.setter
     def bypass(self, value: bool) -> None:
         if value != self._bypass:
+            if self.exact_because:
+                raise UnsupportedError(self.exact_because)
             if self.get_seq_length():
                 raise CacheError(
                     "bypass can be switched while the cache is empty; reset() it first"
@@ -538,6 +561,8 @@ class FoldedCache(DynamicCache):
         exact = [i for i, layer in enumerate(self.layers) if not _is_folded(layer)]
         if exact:
             lines.append(f"  exact (transformers' own classes): layers {_ranges(exact)}")
+        if self.exact_because:
+            lines.append(f"  nothing is compressed: {self.exact_because}")
         held = sum(self.nbytes().values())
         whole = self.uncompressed_nbytes()
         if whole:
@@ -558,7 +583,8 @@ class FoldedCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget every token and free the pages; also after a pass that failed or was stopped."""
-        self._hooks.abort()
+        if self._hooks is not None:
+            self._hooks.abort()
         self.timeline.reset()
         self.step, self._failed = None, False
         self._set_layers()
@@ -573,8 +599,9 @@ class FoldedCache(DynamicCache):
         keep = min(max_length, held) if max_length > 0 else max(0, held - abs(max_length))
         self.timeline.check_crop(keep)
         for layer in self.layers:  # first, since a sliding layer past its window refuses
-            if not _is_folded(layer):
-                layer.crop(max_length)
+            # in the one sign that all versions take; 0 trims what a layer recorded for a rollback
+            if not _is_folded(layer) and (keep < held or getattr(layer, "record_past", False)):
+                layer.crop(keep - held)
         tables = [list(row) for row in self.timeline.table]
         reopened = self.timeline.crop(keep)
         for layer in self.folded_layers:
@@ -630,6 +657,10 @@ class FoldedCache(DynamicCache):
     def __reduce__(self) -> Any:
         """Refuse to be pickled: a cache belongs to a model in this process."""
         raise CacheError("a FoldedCache cannot be pickled; pickle its config (cache.config)")
+
+
+def _with_way_out(error: UnsupportedError) -> UnsupportedError:
+    return UnsupportedError(f"{error}; unsupported='exact' keeps such a model uncompressed")
 
 
 def _is_folded(layer: Any) -> TypeGuard[FoldedLayer]:
