@@ -321,7 +321,7 @@ class Spectra:
 
         start = time.time()
         windows = bench.ids(bench.valid, bench.args.context)[: bench.args.calibration]
-        collect.collect_kv(bench.model, windows, visit)
+        collect.visit_states(bench.model, windows, visit)
         bench.log.row(what="collect", name="spectral", seconds=time.time() - start)
 
     def artefact(self, preset: Preset) -> Artefact:

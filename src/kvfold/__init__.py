@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from kvfold.cache.timeline import CacheError
     from kvfold.calibration.artefact import Artefact, CalibrationError
     from kvfold.integrations.describe import UnsupportedError
+    from kvfold.integrations.routes import (
+        RouteError,
+        apply,
+        disable,
+        enable,
+        fused,
+        generate,
+        remove,
+    )
+    from kvfold.integrations.states import LayerStates, collect_kv
     from kvfold.integrations.transformers import FoldedCache, FoldedWarning
 
 __version__ = "0.1.0"
@@ -31,7 +41,16 @@ _LAZY = {
     "CalibrationError": "kvfold.calibration.artefact",
     "FoldedCache": "kvfold.integrations.transformers",
     "FoldedWarning": "kvfold.integrations.transformers",
+    "LayerStates": "kvfold.integrations.states",
+    "RouteError": "kvfold.integrations.routes",
     "UnsupportedError": "kvfold.integrations.describe",
+    "apply": "kvfold.integrations.routes",
+    "collect_kv": "kvfold.integrations.states",
+    "disable": "kvfold.integrations.routes",
+    "enable": "kvfold.integrations.routes",
+    "fused": "kvfold.integrations.routes",
+    "generate": "kvfold.integrations.routes",
+    "remove": "kvfold.integrations.routes",
 }
 
 __all__ = [
@@ -43,12 +62,21 @@ __all__ = [
     "Encoded",
     "FoldedCache",
     "FoldedWarning",
+    "LayerStates",
     "Preset",
+    "RouteError",
     "UnsupportedError",
     "__version__",
+    "apply",
+    "collect_kv",
+    "disable",
+    "enable",
     "encode",
+    "fused",
+    "generate",
     "get",
     "presets",
+    "remove",
 ]
 
 

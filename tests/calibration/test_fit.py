@@ -6,7 +6,7 @@ import torch
 from kvfold.calibration.artefact import Artefact, CalibrationError
 from kvfold.codec import Site, get
 from kvfold.codecs.rotatekv import channel_order
-from kvfold.integrations.collect import calibrate, collect_kv
+from kvfold.integrations.collect import calibrate, visit_states
 from kvfold.integrations.describe import describe, model_hash
 from kvfold.integrations.streaming import streaming
 from kvfold.quantizers.lloyd_max import rayleigh_levels
@@ -22,7 +22,7 @@ def tiny(tmp_path_factory):
 
 def states_of(model, ids):
     kept = {}
-    collect_kv(
+    visit_states(
         model, ids, lambda info, k, v, at: kept.setdefault(info.index, []).append((k, v, at))
     )
     return kept
@@ -33,7 +33,7 @@ def test_collected_states_are_the_models_own(tiny):
     ids = torch.randint(0, 200, (2, 40))
     progress = []
     seen = states_of(model, ids)
-    collect_kv(model, ids, lambda *_: None, lambda *p: progress.append(p))
+    visit_states(model, ids, lambda *_: None, lambda *p: progress.append(p))
     assert progress == [(1, 2), (2, 2)]
     assert sorted(seen) == [0, 1]
     assert len(seen[0]) == 2

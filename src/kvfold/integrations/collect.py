@@ -27,7 +27,7 @@ from kvfold.integrations.describe import (
 Visit = Callable[[LayerInfo, Tensor, Tensor, Tensor], None]
 
 
-class _Visitor(DynamicCache):
+class Visitor(DynamicCache):
     """A cache that shows each full-attention layer's states to `visit` and keeps none of them."""
 
     def __init__(self, config: Any, layers: dict[int, LayerInfo], visit: Visit) -> None:
@@ -35,6 +35,7 @@ class _Visitor(DynamicCache):
         self.visited, self.visit = layers, visit
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Show the states of a layer and give them back as they are."""
         info = self.visited.get(layer_idx)
         if info is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -44,7 +45,7 @@ class _Visitor(DynamicCache):
 
 
 @torch.no_grad()
-def collect_kv(
+def visit_states(
     model: nn.Module,
     windows: Tensor,
     visit: Visit,
@@ -70,7 +71,7 @@ def collect_kv(
     model.eval()
     try:
         for done, window in enumerate(windows, 1):
-            cache = _Visitor(text_config(model), layers, visit)
+            cache = Visitor(text_config(model), layers, visit)
             # the logits of one token only: calibration has no use for them
             model(
                 input_ids=window[None].to(device),
@@ -159,7 +160,7 @@ def calibrate(
         fit.add(info.index, "key", keys, positions)
         fit.add(info.index, "value", values, positions)
 
-    collect_kv(model, windows, visit, progress)
+    visit_states(model, windows, visit, progress)
     return fit.artefact(
         {
             "model": model_name or getattr(model.config, "_name_or_path", "") or "model",

@@ -37,7 +37,7 @@ from kvfold.calibration.fisher import (
 )
 from kvfold.codec import Preset, Side, get
 from kvfold.codecs.fisher import FORMS, Fisher
-from kvfold.integrations.collect import collect_kv
+from kvfold.integrations.collect import visit_states
 from kvfold.integrations.describe import (
     LayerInfo,
     UnsupportedError,
@@ -455,7 +455,7 @@ def _means(
             total = blank[key].states(x[0, :, used], positions[0, used]).sum(1)
             sums[key] = sums[key] + total if key in sums else total
 
-    collect_kv(model, windows, visit, progress)
+    visit_states(model, windows, visit, progress)
     count = len(windows) * (used.stop - used.start)
     for key, side in blank.items():
         side.mean = sums[key] / count

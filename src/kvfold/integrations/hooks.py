@@ -27,9 +27,8 @@ class Hooks:
         base = decoder(model)
         self.cache = weakref.ref(cache)
         self.signature = inspect.signature(base.forward)
-        self.configs = _attention_configs(base)
-        #: models that call attention through transformers' interface read codes, others decode
-        self.reads_codes = hasattr(sys.modules[type(base).__module__], "ALL_ATTENTION_FUNCTIONS")
+        self.configs = attention_configs(base)
+        self.reads_codes = reads_codes(base)
         self.active: int | None = None  # thread of the pass under way
         self.switched = False
         handles = (
@@ -114,7 +113,15 @@ def _no_cache() -> None:
     return None
 
 
-def _attention_configs(base: nn.Module) -> list[Any]:
+def reads_codes(base: nn.Module) -> bool:
+    """Whether a decoder calls attention through transformers' interface.
+
+    Others call torch: `F.scaled_dot_product_attention` on a handle reads codes, products decode.
+    """
+    return hasattr(sys.modules[type(base).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def attention_configs(base: nn.Module) -> list[Any]:
     """The configs whose attention implementation the decoder and its layers read."""
     found: dict[int, Any] = {}
     for module in base.modules():
