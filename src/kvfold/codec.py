@@ -131,8 +131,11 @@ class Stored:
         page_scale: field `[heads, segments, columns]` float16 that multiplies the prepared query
             of each page's segments of tokens (keys); with it comes `page_zero`.
         page_zero: field like `page_scale` whose product with the query is the query's gain term.
-        turns: what takes the query turned back by RoPE to the page's first position (keys):
-            nothing, the mean's table alone, or the columns and the mean.
+        turns: what takes the query turned back by RoPE (keys): nothing; the mean's table alone, or
+            the columns and the mean, to the page's first position; or all of it to each token's
+            own position (keys coded before RoPE), as `BoundCodec.token_query` prepares it.
+        share: heads whose columns, side by side, make each of these heads' keys (`turns="token"`);
+            each of them has gains and offsets of its own.
     """
 
     plan: "DigitPlan"
@@ -141,7 +144,48 @@ class Stored:
     levels: Tensor | None = None
     page_scale: str | None = None
     page_zero: str | None = None
-    turns: Literal["nothing", "mean", "all"] = "nothing"
+    turns: Literal["nothing", "mean", "all", "token"] = "nothing"
+    share: int = 1
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """How columns that are no digits lie in the fields: entries of a table, at codes from digits.
+
+    Column c of head h is `table[start[h, c] + code]` with the code of the plans' coordinate c
+    (coordinates of several plans side by side). Polar columns come in pairs, from coordinate i of
+    the first plan and of the second:
+
+        (y_2i, y_2i+1)  =  table[radius_i] * (table[cos_at + angle_i], table[sin_at + angle_i])
+
+    Args:
+        plans: (prefix of its fields, plan).
+        gains: fields `[heads, block_len]`, one for each equal run of columns: float16, or uint8 as
+            in `Stored`; empty for ones.
+        table: the tables behind one another.
+        start: `[heads, columns]` where a column's table starts, -1 where the column is zeros; None
+            for polar columns.
+        cos_at: where the angles' cosines start in the table (polar).
+        sin_at: their sines.
+    """
+
+    plans: tuple[tuple[str, "DigitPlan"], ...]
+    gains: tuple[str, ...]
+    table: Tensor
+    start: Tensor | None = None
+    cos_at: int = -1
+    sin_at: int = -1
+
+
+@dataclass(frozen=True)
+class States:
+    """Columns that are floats: a field `states` `[heads, block_len, head_dim]` of any dtype.
+
+    Args:
+        gain: field as in `Stored`; None for ones.
+    """
+
+    gain: str | None = None
 
 
 class BoundCodec:
@@ -156,8 +200,10 @@ class BoundCodec:
     layout: Layout
     #: whether a prepared query depends on the page; else it is prepared once for all pages.
     page_query: bool = False
-    #: how the fields hold what `read` gives; None where only torch can read them.
+    #: how the fields hold what `read` gives as digits; None where there are no such columns.
     stored: Stored | None = None
+    #: the same for columns that are no digits; None where `stored` says it, or only torch can read.
+    decoded: Tabled | States | None = None
 
     def encode(
         self,
@@ -187,6 +233,13 @@ class BoundCodec:
     ) -> Query:
         """Prepare post-RoPE queries (float32, scaled) for pages of keys, `rows` = pages or 1."""
         return Query(q[:, :, None])
+
+    def token_query(self, q: Float[Tensor, "rows heads queries head_dim"]) -> Query:
+        """Prepare queries turned back to a token's own position, for its columns.
+
+        Only codes with `stored.turns == "token"` have it: score = q_token . read columns.
+        """
+        raise NotImplementedError
 
     def output(self, total: Total) -> Float[Tensor, "*batch heads queries head_dim"]:
         """Weighted sums of `read` values to the weighted sum of decoded values."""

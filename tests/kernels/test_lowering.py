@@ -1,5 +1,7 @@
 """The matrices of a lowered layer give what the codec's own query, read and output give."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +75,10 @@ def test_the_matrices_are_the_codec(name: str, side: str) -> None:
         with pytest.raises(NotLoweredError, match="decoded when they are read"):
             lower_keys(b) if side == "key" else lower_values(b, 0)
         return
+    if b.stored.turns == "token":
+        with pytest.raises(NotLoweredError, match="before RoPE"):
+            lower_keys(b)
+        return
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1, HEADS, BLOCK, DIM, generator=generator)
     positions = START + torch.arange(BLOCK)[None]
@@ -131,3 +137,46 @@ def test_the_matrices_are_the_codec(name: str, side: str) -> None:
             found = found + p[0].sum(-1, keepdim=True) * operand.mean[:, None]
     error = float((found - expected).abs().max() / expected.abs().max())
     assert error < 1e-4, f"{name} {side}: off by {error:.2g}"
+
+
+@pytest.mark.parametrize("name", ["fisher3-pre", "rotatekv3", "rotatekv4"])
+@pytest.mark.parametrize("heads", [3, 4])
+def test_keys_coded_before_rope_meet_the_query_at_their_own_position(name: str, heads: int) -> None:
+    codec = kvfold.get(name).keys
+    site = Site("key", heads, DIM, BLOCK, rope=replace(ROPE, scaling=1.3))
+    b = codec.bind(site, codec.example(site))
+    operand = lower_keys(b, per_token=True)
+    assert operand.rope is not None
+    assert operand.rope.scaling == 1.0
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, heads, BLOCK, DIM, generator=generator)
+    positions = START + torch.arange(BLOCK)[None]
+    fields = b.encode(x, positions)
+    q = torch.randn(1, heads, 2, DIM, generator=generator)
+    expected = (q @ b.decode(fields, positions).mT)[0]
+    plan, share = operand.stored.plan, operand.stored.share
+    digits = plan.columns(fields)[0].float()
+    gain = gains_of(operand, fields)
+    group = torch.arange(heads) // share * share
+    found = torch.zeros(heads, 2, BLOCK)
+    for t in range(BLOCK):
+        turned = operand.rope.unrotate(q, torch.full((1, 2), START + t))[0]  # [heads, 2, dim]
+        prepared = (turned @ operand.matrix).unflatten(-1, (share, -1))
+        for s in range(share):
+            y, g = digits[group + s, t], gain[group + s, t]
+            found[:, :, t] += g[:, None] * (prepared[:, :, s] @ y[..., None])[..., 0]
+            found[:, :, t] += g[:, None] * (turned @ operand.gain[..., None])[..., 0]
+            if operand.offset is not None:
+                o = fields["zero"][0, group + s, t].float()
+                found[:, :, t] += o[:, None] * (turned @ operand.offset[:, s, :, None])[..., 0]
+        if operand.mean is not None:
+            found[:, :, t] += (turned @ operand.mean.mT)[..., 0]
+    error = float((found - expected).norm() / expected.norm())
+    assert error < 1e-4, f"{name}: off by {error:.2g}"
+
+
+def gains_of(operand: Operand, fields: dict[str, Tensor]) -> Tensor:
+    gain = fields[operand.stored.gain or ""][0].float()
+    if operand.sizes[operand.stored.gain or ""] == 1:
+        return torch.where(gain > 0, torch.exp2((gain - 128) / 16), 0.0)
+    return gain

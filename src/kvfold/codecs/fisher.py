@@ -271,7 +271,9 @@ class BoundFisherKeys(BoundFisher):
                 raise CodecError(
                     f"block_len ({site.block_len}) must be a multiple of tile ({codec.tile})"
                 )
-        if self.form == "pre" or self.tile != site.block_len:
+        if self.form == "pre":
+            self.stored = Stored(self.plan, gain="gain", turns="token")
+        elif self.tile != site.block_len:
             self.stored = None
         elif turns:
             turned = "all" if self.form == "tile" else "mean"
@@ -303,6 +305,14 @@ class BoundFisherKeys(BoundFisher):
             gain,
             mean=mean.transpose(2, 3).flatten(-2),
         )
+
+    def token_query(self, q: Tensor) -> Query:
+        """The pre form on its codes: transformed, steps folded in, and the mean's share."""
+        q = q[:, :, None] * self.scaling
+        prepared = q @ self.inverse.mT[:, None]
+        gain = prepared @ self.offset[:, None].mT
+        mean = q[:, :, 0] @ self.mean[..., None]
+        return Query(self.plan.spread(prepared * self.step[:, None]), gain, mean=mean)
 
     def read(self, fields: Mapping[str, Tensor], positions: Tensor) -> Reading:
         """Columns are the digits; in the pre form, decoded keys."""

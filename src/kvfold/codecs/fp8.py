@@ -12,6 +12,7 @@ from kvfold.codec import (
     Fields,
     Reading,
     Site,
+    States,
     float16_field,
     register,
 )
@@ -46,6 +47,7 @@ class BoundFp8(BoundCodec):
         self.layout = Layout(
             (Field("states", shape, torch.float8_e4m3fn), float16_field("gain", *shape[:2]))
         )
+        self.decoded = States(gain="gain")
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """Scale by the token's largest channel, then round to e4m3."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvfold.codec import BoundCodec, Codec, Fields, Site, register
+from kvfold.codec import BoundCodec, Codec, Fields, Site, States, register
 from kvfold.layout import Field, Layout
 
 
@@ -25,6 +25,7 @@ class BoundIdentity(BoundCodec):
         self.site = site
         shape = (site.num_kv_heads, site.block_len, site.head_dim)
         self.layout = Layout((Field("states", shape, site.dtype),))
+        self.decoded = States()
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """States, cast to the stored dtype."""

@@ -17,6 +17,7 @@ from kvfold.codec import (
     Query,
     Reading,
     Site,
+    Tabled,
     Total,
     float16_field,
     register,
@@ -142,6 +143,15 @@ class BoundPolar(BoundCodec):
         angles = tables.get("angle_levels", _sector_centres(codec.angle_bits)).float()
         self.cos, self.sin = angles.cos().to(site.device), angles.sin().to(site.device)
         self.signs = random_signs(dim, codec.seed).to(site.device)
+        if not rounds:
+            n, m = len(self.radius_levels), len(self.cos)
+            self.decoded = Tabled(
+                (("radius", self.radius_plan), ("angle", self.angle_plan)),
+                ("gain",),
+                torch.cat((self.radius_levels, self.cos, self.sin)),
+                cos_at=n,
+                sin_at=n + m,
+            )
         if rounds:
             self.sketches = torch.stack(
                 [sign_sketch.sketch_matrix(dim, codec.seed + 1 + k) for k in rounds]

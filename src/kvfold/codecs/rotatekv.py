@@ -144,6 +144,10 @@ class BoundRotateKV(BoundCodec):
         )
         if self._on_codes:
             self.stored = Stored(self.plan, gain="scale", offset="zero")
+        elif self.rope is not None:
+            self.stored = Stored(
+                self.plan, gain="scale", offset="zero", turns="token", share=self.group
+            )
         self.order = self.inverse_order = None
         if order is not None:
             self.order = order.long().to(site.device)
@@ -176,6 +180,20 @@ class BoundRotateKV(BoundCodec):
             return Query(q[:, :, None])
         rotated = self.rotate(q)
         return Query(self.plan.spread(rotated)[:, :, None], offset=rotated.sum(-1, keepdim=True))
+
+    def token_query(self, q: Tensor) -> Query:
+        """A query rotated in its group's space, digit weights folded in, slice by slice."""
+        assert self.rope is not None
+        rows, heads, queries, dim = q.shape
+        wide = q.new_zeros(rows, heads, queries, self.group, dim)
+        for h in range(heads):
+            wide[:, h, :, h % self.group] = q[:, h] * self.rope.scaling
+        rotated = hadamard(wide.flatten(-2))
+        if self.order is not None:
+            rotated = _reordered(rotated, self.order.repeat_interleave(self.group, 0))
+        slices = rotated.unflatten(-1, (self.group, dim))
+        columns = self.plan.spread(slices).flatten(-2)
+        return Query(columns[:, :, None], offset=slices.sum(-1))
 
     def output(self, total: Total) -> Tensor:
         """Digit weights and zero points applied, and the sums rotated back once."""

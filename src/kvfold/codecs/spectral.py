@@ -16,6 +16,7 @@ from kvfold.codec import (
     Query,
     Reading,
     Site,
+    Tabled,
     Total,
     float16_field,
     register,
@@ -251,6 +252,10 @@ class BoundSpectral(BoundCodec):
             fields.append(float16_field("residual", site.num_kv_heads, site.block_len))
             self.sketch, self.expansion, self.sketched = self._sketch_tables(signs)
         self.layout = Layout(tuple(fields))
+        if not codec.qjl:
+            start = torch.where(has_bits, 2**widths - 1, -1)
+            gains = ("gain",) if codec.gain else ()
+            self.decoded = Tabled((("digits", self.plan),), gains, self.levels, start)
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """The nearest level of each coordinate of unit variance, in units of the gain."""

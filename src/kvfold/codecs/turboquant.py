@@ -16,6 +16,7 @@ from kvfold.codec import (
     Reading,
     Site,
     Stored,
+    Tabled,
     Total,
     float16_field,
     register,
@@ -110,6 +111,14 @@ class BoundTurboQuant(BoundCodec):
         self.layout = Layout(tuple(fields))
         if self.plan.plain and not codec.qjl:
             self.stored = Stored(self.plan, gain="gain", levels=self.levels[None])
+        else:
+            start = torch.zeros(heads, dim, dtype=torch.int64)
+            plans, gains, table = [("digits", self.plan)], ["gain"], self.levels
+            if codec.qjl:
+                plans, gains = [*plans, ("signs", self.sign_plan)], [*gains, "residual"]
+                start = torch.cat((start, torch.full_like(start, len(table))), 1)
+                table = torch.cat((table, torch.tensor([-1.0, 1.0]).to(table)))
+            self.decoded = Tabled(tuple(plans), tuple(gains), table, start)
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """Rotate the unit-RMS vector, take the nearest levels, then choose the gain for them."""

@@ -6,10 +6,11 @@ A codec prepares a query, and turns sums of columns back, with functions that ar
     score(q, n) = g_n (q_page . y_n + q_page . gain) + o_n . (offset q) + mean_i . q_mean
 
 with q_page = matrix^T q, of a query turned back to the page's first position where `turns` says so,
-and i the token's place in its page. Values: out = matrix^T sum(p g y) + gain^T sum(p g) + ...
+and i the token's place in its page (`turns="token"`: of a query turned back to the token's own
+position, one mean for all tokens). Values: out = matrix^T sum(p g y) + gain^T sum(p g) + ...
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,11 +33,13 @@ class Operand:
         counts: `[heads][3]` columns of 4, 2 and 1 bits.
         sections: `[heads][3]` first byte of each head's section; 0 where it has none.
         matrix: keys `[heads, head_dim, columns]`, values `[heads, columns, head_dim]`; a head's
-            columns are its sections' side by side, zeros behind them.
+            columns are its sections' side by side, zeros behind them. Where heads share columns
+            (`stored.share`), those of each of them in turn: `columns` times `share`.
         gain: `[heads, head_dim]` (keys: the query's gain term; values: what sum(p g) adds).
         offset: `[heads, groups, head_dim]`, likewise for per-token offsets; None without.
-        mean: keys `[heads, block_len, head_dim]`, whose product with the query is added to the
-            scores; values `[heads, head_dim]`, added once for each unit of weight. None: no mean.
+        mean: keys `[heads, block_len, head_dim]` (`[heads, 1, head_dim]` per token), whose product
+            with the query is added to the scores; values `[heads, head_dim]`, added once for each
+            unit of weight. None: no mean.
         bytes: first byte of the fields `gain`, `offset`, `page_scale` and `page_zero`.
         sizes: bytes of an element of those fields.
         rope: what turns the query, None where nothing does.
@@ -54,35 +57,31 @@ class Operand:
     rope: Rope | None = None
 
 
-def lower_keys(bound: BoundCodec) -> Operand:
+def lower_keys(bound: BoundCodec, *, per_token: bool = False) -> Operand:
     """The operand of a layer's keys.
+
+    Args:
+        bound: their codec.
+        per_token: whether the kernel turns the query to each token's own position, as keys that
+            were coded before RoPE need.
 
     Raises:
         NotLoweredError: the code has no columns that a kernel could read.
     """
     stored = _stored(bound)
-    site = bound.site
-    heads, dim, device = site.num_kv_heads, site.head_dim, site.device
-    eye = torch.eye(dim, device=device).expand(1, heads, -1, -1)
-    positions = torch.arange(site.block_len, device=device)[None]  # a page that starts at 0
-    fields = {}
-    if stored.page_scale is not None:
-        at = {field.name: field for field in bound.layout.fields}
-        for name, value in ((stored.page_scale, 1.0), (stored.page_zero, 0.0)):
-            assert name is not None
-            fields[name] = torch.full((1, *at[name].shape), value, device=device)
-    query = bound.query(eye, fields, positions)
-    matrix = _compact(query.columns[0, :, 0], bound)  # [heads, dim, columns]
-    gain = torch.zeros(heads, dim, device=device)
-    if query.gain is not None:
-        gain = query.gain[0, :, 0].sum(-1)
-    offset = None if query.offset is None else query.offset[0].mT.contiguous()
-    mean = None if query.mean is None else query.mean[0].mT.contiguous()
+    if stored.turns == "token" and not per_token:
+        raise NotLoweredError(
+            f"{_name(bound)}: keys coded before RoPE are decoded when they are read"
+        )
+    columns, gain, offset, mean = probe_keys(bound)
+    parts = [_compact(part, bound) for part in columns.chunk(stored.share, -1)]
     rope = getattr(bound, "rope", None) if stored.turns != "nothing" else None
+    if rope is not None:  # the matrices hold attention's scaling
+        rope = replace(rope, scaling=1.0)
     return Operand(
         stored,
         *_sections(bound, 0),
-        matrix,
+        torch.cat(parts, -1),
         gain,
         offset,
         mean,
@@ -92,6 +91,30 @@ def lower_keys(bound: BoundCodec) -> Operand:
     )
 
 
+def probe_keys(bound: BoundCodec) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What unit queries become: columns, gain, offset and mean as in `Operand`, not compacted."""
+    stored, site = bound.stored, bound.site
+    heads, dim, device = site.num_kv_heads, site.head_dim, site.device
+    eye = torch.eye(dim, device=device).expand(1, heads, -1, -1)
+    positions = torch.arange(site.block_len, device=device)[None]  # a page that starts at 0
+    fields = {}
+    if stored is not None and stored.page_scale is not None:
+        at = {field.name: field for field in bound.layout.fields}
+        for name, value in ((stored.page_scale, 1.0), (stored.page_zero, 0.0)):
+            assert name is not None
+            fields[name] = torch.full((1, *at[name].shape), value, device=device)
+    if stored is not None and stored.turns == "token":
+        query = bound.token_query(eye)
+    else:
+        query = bound.query(eye, fields, positions)
+    gain = torch.zeros(heads, dim, device=device)
+    if query.gain is not None:
+        gain = query.gain[0, :, 0].sum(-1)
+    offset = None if query.offset is None else query.offset[0].mT.contiguous()
+    mean = None if query.mean is None else query.mean[0].mT.contiguous()
+    return query.columns[0, :, 0], gain, offset, mean
+
+
 def lower_values(bound: BoundCodec, start: int) -> Operand:
     """The operand of a layer's values, whose fields begin at byte `start` of the page.
 
@@ -99,13 +122,28 @@ def lower_values(bound: BoundCodec, start: int) -> Operand:
         NotLoweredError: the code has no columns that a kernel could read.
     """
     stored = _stored(bound)
-    site, plan = bound.site, stored.plan
-    heads, device = site.num_kv_heads, site.device
     groups = 1
     for field in bound.layout.fields:
         if field.name == stored.gain and len(field.shape) == 3:
             groups = field.shape[2]
-    width = plan.num_columns
+    columns, gain, offset, mean = probe_values(bound, stored.plan.num_columns, groups)
+    return Operand(
+        stored,
+        *_sections(bound, start),
+        _compact(columns.mT, bound).mT.contiguous(),
+        gain,
+        offset if stored.offset is not None else None,
+        mean if bool(mean.any()) else None,
+        _bytes(bound, start),
+        _sizes(bound),
+    )
+
+
+def probe_values(
+    bound: BoundCodec, width: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What unit sums become: columns, gain, offset and mean as in `Operand`, not compacted."""
+    heads, device = bound.site.num_kv_heads, bound.site.device
 
     def probe(columns: int = 0, gain: int = 0, offset: int = 0, one: int = 0) -> Tensor:
         """The outputs `[heads, n, dim]` of unit sums of one kind."""
@@ -116,27 +154,20 @@ def lower_values(bound: BoundCodec, start: int) -> Operand:
             sums.append(eye.expand(1, heads, -1, -1))
         return bound.output(Total(*sums))[0]
 
-    matrix = _compact(probe(columns=width).mT, bound).mT.contiguous()
     gain = probe(gain=groups).sum(1)  # groups that have offsets of their own have no such term
-    offset = probe(offset=groups) if stored.offset is not None else None
-    mean = probe(one=1)[:, 0]
-    return Operand(
-        stored,
-        *_sections(bound, start),
-        matrix,
-        gain,
-        offset,
-        mean if bool(mean.any()) else None,
-        _bytes(bound, start),
-        _sizes(bound),
-    )
+    return probe(columns=width), gain, probe(offset=groups), probe(one=1)[:, 0]
 
 
 def _stored(bound: BoundCodec) -> Stored:
     if bound.stored is None:
-        codec = getattr(bound, "codec", type(bound).__name__)
-        raise NotLoweredError(f"{codec}: its {bound.site.side}s are decoded when they are read")
+        raise NotLoweredError(
+            f"{_name(bound)}: its {bound.site.side}s are decoded when they are read"
+        )
     return bound.stored
+
+
+def _name(bound: BoundCodec) -> str:
+    return str(getattr(bound, "codec", type(bound).__name__))
 
 
 def _compact(columns: Tensor, bound: BoundCodec) -> Tensor:
