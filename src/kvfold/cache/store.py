@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvfold.cache.numbers import Numbers
 from kvfold.cache.pool import Pool
 from kvfold.cache.timeline import Located, Step, Timeline
 from kvfold.codec import BoundCodec, CodecError, check_states, exact_math, page_layout
@@ -122,6 +123,31 @@ class LayerStore:
         self._fold(keys, values, step)
         self._write_exact(keys, values, step, step.folded)
         return view
+
+    def fold_due(self, step: Step) -> None:
+        """Fold a step's due blocks before its token is written, where passes are replayed."""
+        self.pool.reserve(step.num_pages)
+        self._fold(None, None, step)
+
+    def append_in_place(self, keys: Tensor, values: Tensor, numbers: Numbers, step: Step) -> View:
+        """Write one token a row where the device's numbers say, and view what they say.
+
+        Nothing here depends on a length that the host knows, so that a graph may replay it.
+        """
+        rows = keys.shape[0]
+        for states, exact in ((keys, self.exact_keys), (values, self.exact_values)):
+            slot = numbers.slot.long().view(rows, 1, 1, 1).expand(-1, *exact.shape[1:2], 1, 1)
+            exact.scatter_(2, slot.expand(-1, -1, -1, exact.shape[3]), states)
+        return View(
+            self.exact_keys,
+            self.exact_values,
+            numbers.tokens,
+            numbers.query_tokens,
+            step.folded,
+            self,
+            step,
+            numbers.located,
+        )
 
     def _check(self, keys: Tensor, values: Tensor, step: Step) -> None:
         for states, bound in ((keys, self.key), (values, self.value)):
@@ -321,8 +347,13 @@ class LayerStore:
         """Row i becomes what row `rows[i]` was."""
         if self.is_allocated:
             rows = rows.to(self.exact_keys.device)
-            self.exact_keys = self.exact_keys.index_select(0, rows)
-            self.exact_values = self.exact_values.index_select(0, rows)
+            for name in ("exact_keys", "exact_values"):
+                held = getattr(self, name)
+                chosen = held.index_select(0, rows)
+                if chosen.shape == held.shape:
+                    held.copy_(chosen)  # in place, so that recorded graphs stay valid
+                else:
+                    setattr(self, name, chosen)
 
     def copied(self, timeline: Timeline) -> "LayerStore":
         """The same content with storage of its own, under another timeline; tables are shared."""
