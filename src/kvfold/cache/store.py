@@ -49,7 +49,8 @@ class Sources:
 
     def on(self, device: torch.device) -> "Sources":
         """The same on a device."""
-        return Sources(*(None if x is None else upload(x, device) for x in vars(self).values()))
+        index = {name: upload(x, device) for name, x in vars(self).items() if x is not None}
+        return replace(self, **index)
 
     def gather(self, ring: Tensor, fresh: Tensor | None) -> Tensor:
         """The blocks `[blocks, heads, block, dim]` out of `[rows, heads, slots, dim]` states."""
