@@ -1,10 +1,10 @@
 """`CacheConfig`: everything that a user chooses about a cache."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-from kvfold.codec import CodecError, Preset, get
+from kvfold.codec import CodecError, Preset, codec_from_json, get, presets
 
 if TYPE_CHECKING:
     from kvfold.calibration.artefact import Artefact
@@ -24,8 +24,6 @@ class CacheConfig:
         block: tokens that are coded together when they leave the window; one page.
         max_tokens: longest sequence a row may reach, None for the model's own limit.
         slab_blocks: blocks of each row by which the page pool grows.
-        graphs: replay decode steps as CUDA graphs; None where that is possible, True to be told
-            where it is not, False never.
         strict: raise where a slow or decoding path would be taken; else one warning names it.
         artefact: calibration for codecs that use one.
         unsupported: what to do with a model that has no layer to compress (latent attention,
@@ -41,7 +39,6 @@ class CacheConfig:
     block: int = 128
     max_tokens: int | None = None
     slab_blocks: int = 4
-    graphs: bool | None = None
     strict: bool = False
     artefact: "Artefact | None" = field(default=None, repr=False)
     unsupported: str = "refuse"
@@ -63,6 +60,24 @@ class CacheConfig:
                         f"{codec.group_len} tokens that {preset.name!r} shares parameters over for "
                         f"its {side}; the window must be at least {codec.group_len}"
                     )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the inverse of `from_json`; the artefact, a file by itself, is left out."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "artefact"}
+        for name in ("preset", "keys", "values"):
+            named[name] = _preset_json(named[name])
+        # keys of JSON are texts
+        named["overrides"] = {str(i): _preset_json(p) for i, p in self.overrides.items()}
+        return named
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], artefact: "Artefact | None" = None) -> "CacheConfig":
+        """The config that `to_json` described, with an artefact if its presets need one."""
+        given: dict[str, Any] = {**data, "artefact": artefact}
+        for name in ("preset", "keys", "values"):
+            given[name] = _preset_of_json(given[name])
+        given["overrides"] = {int(i): _preset_of_json(p) for i, p in given["overrides"].items()}
+        return CacheConfig(**given)
 
     def check_artefact(self, model_hash: Callable[[], str]) -> None:
         """Raise unless calibrated presets have an artefact, and it is the model's.
@@ -93,3 +108,18 @@ class CacheConfig:
         keys = base if self.keys is None else get(self.keys)
         values = base if self.values is None else get(self.values)
         return Preset(f"{keys.name}+{values.name}", keys.keys, values.values)
+
+
+def _preset_json(preset: str | Preset | None) -> Any:
+    if not isinstance(preset, Preset):
+        return preset
+    if presets().get(preset.name) == preset:
+        return preset.name
+    sides = {"keys": preset.keys.to_json(), "values": preset.values.to_json()}
+    return {"name": preset.name, **sides}
+
+
+def _preset_of_json(data: Any) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    return Preset(data["name"], codec_from_json(data["keys"]), codec_from_json(data["values"]))

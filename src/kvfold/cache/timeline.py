@@ -13,6 +13,9 @@ and positions, and no query sees them any more. A row's table has `DROPPED` in i
 All layers share one timeline: their pages have the same numbers in pools of their own.
 """
 
+import copy
+import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,13 +27,6 @@ from torch import Tensor
 T = TypeVar("T")
 #: page number of a block that is no longer held.
 DROPPED = -1
-
-
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device, without waiting for what the device has yet to do."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)  # the pinned copy outlives the transfer
 
 
 class CacheError(ValueError):
@@ -158,14 +154,14 @@ class Located:
             block[r, : counts[r]] = blocks
 
         def numbers(x: tuple[int, ...]) -> Tensor:
-            return upload(torch.tensor(x, dtype=torch.int32), device)
+            return torch.tensor(x, dtype=torch.int32).to(device)
 
         return Located(
             numbers(step.length),
             numbers(counts),
             numbers(step.first),
-            upload(table, device),
-            upload(block, device),
+            table.to(device),
+            block.to(device),
         )
 
     @cached_property
@@ -173,6 +169,37 @@ class Located:
         """(block, page number) of each row's pages, on the host."""
         counts, block, table = self.folded.tolist(), self.block.tolist(), self.table.tolist()
         return [list(zip(block[r][:n], table[r][:n], strict=True)) for r, n in enumerate(counts)]
+
+
+class PageNumbers:
+    """Which page numbers are free: of one timeline, or of several that share pages (forks).
+
+    A page is written once, when its number is taken, and its number comes free when no row of any
+    timeline holds it. So rows and forks share pages without counting references.
+    """
+
+    def __init__(self, slab_pages: int) -> None:
+        self.slab_pages, self.num_pages = slab_pages, 0
+        self.free: list[int] = []
+        self.timelines: weakref.WeakSet[Timeline] = weakref.WeakSet()
+        #: held from taking numbers until they stand in a table; forks may run in several threads
+        self.lock = threading.Lock()
+
+    @property
+    def held(self) -> set[int]:
+        """Numbers of the pages that some row of some timeline holds."""
+        return set().union(*(timeline.held for timeline in self.timelines))
+
+    def take(self, count: int) -> list[int]:
+        """Free numbers, of pages that were let go of first, then of a new slab."""
+        if count > len(self.free) and self.num_pages:
+            held = self.held
+            self.free = [n for n in range(self.num_pages) if n not in held]
+        while count > len(self.free):
+            self.free += range(self.num_pages, self.num_pages + self.slab_pages)
+            self.num_pages += self.slab_pages
+        taken, self.free = self.free[:count], self.free[count:]
+        return taken
 
 
 class Timeline:
@@ -200,9 +227,25 @@ class Timeline:
         self.table: list[list[int]] = []
         # per row, (slot, token) where a run of tokens without padding between them starts
         self.runs: list[list[tuple[int, int]]] = []
-        self.num_pages = self.slab_pages = 0
-        self.free: list[int] = []
+        self._number(PageNumbers(0))
         self.pairs_read = self.pairs_cold = 0
+
+    def _number(self, numbers: PageNumbers) -> None:
+        """Take page numbers from these from now on."""
+        if hasattr(self, "numbers"):
+            self.numbers.timelines.discard(self)
+        self.numbers = numbers
+        numbers.timelines.add(self)
+
+    @property
+    def num_pages(self) -> int:
+        """Page numbers in use or free."""
+        return self.numbers.num_pages
+
+    @property
+    def slab_pages(self) -> int:
+        """Pages of a slab."""
+        return self.numbers.slab_pages
 
     @property
     def rows(self) -> int:
@@ -286,13 +329,13 @@ class Timeline:
         # block by block, so that the pages of a walk over blocks lie side by side
         due = sorted((m, r) for r in range(rows) for m in range(before[r], after[r]))
         if not self.rows:  # also after a first pass that failed before any layer was reached
-            self.free, self.num_pages = [], 0
-            self.slab_pages = self.slab_blocks * rows
+            self._number(PageNumbers(self.slab_blocks * rows))
             self.table = [[] for _ in range(rows)]
-        numbers = self._allocate(len(due))
-        pages = tuple((r, m, n) for (m, r), n in zip(due, numbers, strict=True))
-        for r, _, n in pages:
-            self.table[r].append(n)
+        with self.numbers.lock:
+            numbers = self.numbers.take(len(due))
+            pages = tuple((r, m, n) for (m, r), n in zip(due, numbers, strict=True))
+            for r, _, n in pages:
+                self.table[r].append(n)
         return Step(
             queries,
             self.slots,
@@ -366,6 +409,22 @@ class Timeline:
         self.first = [self.first[r] for r in rows]
         self.table = [list(self.table[r]) for r in rows]
         self.runs = [list(self.runs[r]) for r in rows]
+
+    def forked(self, rows: Sequence[int]) -> "Timeline":
+        """A timeline that goes on from here, row i from row `rows[i]`, and shares the pages."""
+        new = copy.copy(self)
+        del new.numbers  # of the copied attributes: `new` is not among its timelines yet
+        new._number(self.numbers)
+        new.select(rows)
+        return new
+
+    def copied(self) -> "Timeline":
+        """The same rows with page numbers of their own, for a pool that is a copy too."""
+        new = self.forked(range(self.rows))
+        numbers = PageNumbers(self.slab_pages)
+        numbers.num_pages = self.num_pages
+        new._number(numbers)  # it finds the free ones when it needs them
+        return new
 
     def crop(self, slots: int) -> list[tuple[int, int]]:
         """Keep the first `slots` slots; gives (row, block) of blocks to decode into the window.
@@ -490,16 +549,6 @@ class Timeline:
                 )
             first.append(begin)
         return tuple(first)
-
-    def _allocate(self, count: int) -> list[int]:
-        if count > len(self.free) and self.num_pages:
-            held = self.held
-            self.free = [n for n in range(self.num_pages) if n not in held]
-        while count > len(self.free):
-            self.free += range(self.num_pages, self.num_pages + self.slab_pages)
-            self.num_pages += self.slab_pages
-        taken, self.free = self.free[:count], self.free[count:]
-        return taken
 
     def _count_pairs(self, step: Step) -> None:
         folded = step.folded if step.reads_folded_now else step.folded_before
