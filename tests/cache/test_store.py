@@ -143,7 +143,7 @@ def test_nbytes_is_what_is_held(length):
     keys, values = torch.randn(2, 1, 2, length, 64)
     feed(store, keys, values, [length])
     parts = store.nbytes(len(store.timeline.table[0]))
-    held = [*store.pool.slabs, store.exact_keys, store.exact_values]
+    held = [*store.pool.slabs, store.pool.addresses, store.exact_keys, store.exact_values]
     assert sum(parts.values()) == sum(t.untyped_storage().nbytes() for t in held)
     assert parts["pages"] == (length - 68) // 128 * store.layout.nbytes
 

@@ -24,6 +24,8 @@ class CacheConfig:
         block: tokens that are coded together when they leave the window; one page.
         max_tokens: longest sequence a row may reach, None for the model's own limit.
         slab_blocks: blocks of each row by which the page pool grows.
+        graphs: replay decode steps as CUDA graphs; None where that is possible, True to be told
+            where it is not, False never.
         strict: raise where a slow or decoding path would be taken; else one warning names it.
         artefact: calibration for codecs that use one.
         unsupported: what to do with a model that has no layer to compress (latent attention,
@@ -39,6 +41,7 @@ class CacheConfig:
     block: int = 128
     max_tokens: int | None = None
     slab_blocks: int = 4
+    graphs: bool | None = None
     strict: bool = False
     artefact: "Artefact | None" = field(default=None, repr=False)
     unsupported: str = "refuse"

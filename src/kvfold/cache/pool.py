@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvfold.cache.timeline import upload
+
 
 class Pool:
     """Pages of one layer, numbered; page `i` is row `i % slab_pages` of slab `i // slab_pages`.
@@ -16,13 +18,25 @@ class Pool:
     def __init__(self, page_bytes: int, slab_pages: int, device: torch.device) -> None:
         self.page_bytes, self.slab_pages, self.device = page_bytes, slab_pages, device
         self.slabs: list[Tensor] = []
+        #: `[at least slabs]` int64 device address of each slab, for kernels; it is filled in place,
+        #: and made anew (twice as long) only where it is full.
+        self.addresses = torch.zeros(0, dtype=torch.int64, device=device)
 
     def reserve(self, pages: int) -> None:
         """Grow until page numbers below `pages` exist."""
         shape = (self.slab_pages, self.page_bytes)
-        while len(self.slabs) * self.slab_pages < pages:
-            with torch.inference_mode(False):
+        held = len(self.slabs)
+        with torch.inference_mode(False):
+            while len(self.slabs) * self.slab_pages < pages:
                 self.slabs.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+            if len(self.slabs) > held:
+                self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        found = torch.tensor([slab.data_ptr() for slab in self.slabs], dtype=torch.int64)
+        if len(found) > len(self.addresses):
+            self.addresses = found.new_zeros(max(16, 2 * len(found)), device=self.device)
+        self.addresses[: len(found)].copy_(upload(found, self.device), non_blocking=True)
 
     def write(self, numbers: Sequence[int], pages: Tensor) -> None:
         """Store `pages` `[n, page_bytes]` under their numbers."""
@@ -52,4 +66,4 @@ class Pool:
 def _index(rows: list[int], device: torch.device) -> Tensor | slice:
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows, device=device)
+    return upload(torch.tensor(rows), device)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvfold.cache.numbers import Numbers
 from kvfold.cache.pool import Pool
-from kvfold.cache.timeline import Located, Step, Timeline
+from kvfold.cache.timeline import Located, Step, Timeline, upload
 from kvfold.codec import BoundCodec, CodecError, check_states, exact_math, page_layout
 
 #: elements of keys that one group of pages may decode to: the most extra memory of a walk.
@@ -26,6 +27,69 @@ class Pages:
     values: dict[str, Tensor]
     positions: Tensor  #: [n, block] RoPE positions
     valid: Tensor  #: [rows, blocks] bool; False where a row has fewer pages
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the tokens of some blocks lie, as index tensors `[blocks, block]`.
+
+    Args:
+        row: `[blocks]` row of each block.
+        ring: slot of the ring, None where no token is there.
+        fresh: slot of the pass, None where no token is there.
+        old: `[blocks, block, 1, 1]` which of the two holds a token.
+        positions: RoPE positions.
+    """
+
+    row: Tensor
+    ring: Tensor | None
+    fresh: Tensor | None
+    old: Tensor
+    positions: Tensor
+
+    def on(self, device: torch.device) -> "Sources":
+        """The same on a device."""
+        index = {name: upload(x, device) for name, x in vars(self).items() if x is not None}
+        return replace(self, **index)
+
+    def gather(self, ring: Tensor, fresh: Tensor | None) -> Tensor:
+        """The blocks `[blocks, heads, block, dim]` out of `[rows, heads, slots, dim]` states."""
+        row = self.row[:, None]
+        if self.fresh is None:
+            return ring[row, :, self.ring].transpose(1, 2)
+        assert fresh is not None
+        new = fresh[row, :, self.fresh]  # [blocks, block, heads, dim]
+        if self.ring is not None:
+            new = torch.where(self.old, ring[row, :, self.ring], new)
+        return new.transpose(1, 2)
+
+
+class Watch:
+    """Refuses states that no code can hold; on an accelerator without waiting for it.
+
+    There the largest magnitude is copied to the host when it is known, and the error comes at the
+    first `check` after that: at the next pass, mostly.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[str, Tensor, torch.cuda.Event]] = []
+
+    def add(self, x: Tensor, what: str) -> None:
+        """Look at states that are being folded."""
+        if x.device.type != "cuda":
+            check_states(x, what)
+            return
+        top = torch.empty((), dtype=x.dtype, pin_memory=True)
+        top.copy_(x.abs().amax(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.pending.append((what, top, event))
+
+    def check(self) -> None:
+        """Raise `CodecError` for states that are known to be bad by now."""
+        while self.pending and self.pending[0][2].query():
+            what, top, _ = self.pending.pop(0)
+            check_states(top, what)
 
 
 @dataclass(frozen=True)
@@ -77,6 +141,7 @@ class LayerStore:
         self.layout = page_layout(key, value)
         self.ring_len = timeline.window + timeline.block
         self.is_allocated = False
+        self.watch = Watch()
 
     @property
     def sink_keys(self) -> Tensor:
@@ -123,6 +188,31 @@ class LayerStore:
         self._write_exact(keys, values, step, step.folded)
         return view
 
+    def fold_due(self, step: Step) -> None:
+        """Fold a step's due blocks before its token is written, where passes are replayed."""
+        self.pool.reserve(step.num_pages)
+        self._fold(None, None, step)
+
+    def append_in_place(self, keys: Tensor, values: Tensor, numbers: Numbers, step: Step) -> View:
+        """Write one token a row where the device's numbers say, and view what they say.
+
+        Nothing here depends on a length that the host knows, so that a graph may replay it.
+        """
+        rows = keys.shape[0]
+        for states, exact in ((keys, self.exact_keys), (values, self.exact_values)):
+            slot = numbers.slot.long().view(rows, 1, 1, 1).expand(-1, *exact.shape[1:2], 1, 1)
+            exact.scatter_(2, slot.expand(-1, -1, -1, exact.shape[3]), states)
+        return View(
+            self.exact_keys,
+            self.exact_values,
+            numbers.tokens,
+            numbers.query_tokens,
+            step.folded,
+            self,
+            step,
+            numbers.located,
+        )
+
     def _check(self, keys: Tensor, values: Tensor, step: Step) -> None:
         for states, bound in ((keys, self.key), (values, self.value)):
             site = bound.site
@@ -147,11 +237,19 @@ class LayerStore:
     def _write_exact(self, keys: Tensor, values: Tensor, step: Step, folded: Sequence[int]) -> None:
         """Put the step's tokens that stay exact into the sinks and the ring."""
         sinks, block = self.timeline.sinks, self.timeline.block
-        if step.reads_folded_now and step.source is None and len(set(step.start)) == 1:
-            k = step.start[0]  # decoding with rows of one length: one slot for all
-            at = k if k < sinks else sinks + (k - sinks) % self.ring_len
-            self.exact_keys[:, :, at] = keys[:, :, 0]
-            self.exact_values[:, :, at] = values[:, :, 0]
+        if step.reads_folded_now and step.source is None:
+            slots = [k if k < sinks else sinks + (k - sinks) % self.ring_len for k in step.start]
+            if len(set(slots)) == 1:  # decoding with rows of one length: one slot for all
+                self.exact_keys[:, :, slots[0]] = keys[:, :, 0]
+                self.exact_values[:, :, slots[0]] = values[:, :, 0]
+                return
+            device = keys.device
+            row, at = step.memo(
+                ("slots", device),
+                lambda: upload(torch.tensor([list(range(step.rows)), slots]), device),
+            )
+            self.exact_keys[row, :, at] = keys[:, :, 0]
+            self.exact_values[row, :, at] = values[:, :, 0]
             return
         for r in range(step.rows):
             first_hot = sinks + block * folded[r]
@@ -175,46 +273,49 @@ class LayerStore:
 
     def _fold(self, keys: Tensor | None, values: Tensor | None, step: Step) -> None:
         """Code the step's due blocks into pages, a bounded number at a time."""
+        self.watch.check()
         group = self.group_blocks(1)
+        device = self.ring_keys.device
         for i in range(0, len(step.pages), group):
             due = step.pages[i : i + group]
-            positions = torch.stack(
-                [self._positions(step.first[r], torch.tensor([m]))[0] for r, m, _ in due]
+            where = step.memo(
+                ("fold", device, i), lambda due=due: self._sources(step, due).on(device)
             )
-            device = self.ring_keys.device
             fields = []
             for bound, fresh, ring in (
                 (self.key, keys, self.ring_keys),
                 (self.value, values, self.ring_values),
             ):
-                x = torch.stack([self._block(fresh, ring, step, r, m) for r, m, _ in due])
-                fields.append(self.encoded(bound, x, positions.to(device)))
+                x = where.gather(ring, fresh)
+                self.watch.add(x, f"layer {bound.site.layer}: {bound.site.side}_states")
+                fields.append(self.encoded(bound, x, where.positions))
             self.pool.write([n for _, _, n in due], torch.cat(fields, 1))
 
     @staticmethod
     @exact_math
     def encoded(bound: BoundCodec, x: Tensor, positions: Tensor) -> Tensor:
         """Bytes `[blocks, nbytes]` of blocks `[blocks, heads, block, dim]`."""
-        check_states(x, f"layer {bound.site.layer}: {bound.site.side}_states")
         return bound.layout.join(bound.encode(x, positions))
 
-    def _block(
-        self, fresh: Tensor | None, ring: Tensor, step: Step, row: int, block: int
-    ) -> Tensor:
-        """`[heads, block, dim]`: a block's tokens, from the ring and from this pass."""
-        k = torch.arange(self.timeline.block) + self.timeline.sinks + block * self.timeline.block
-        if fresh is None:
-            return ring[row][:, ((k - self.timeline.sinks) % self.ring_len).to(ring.device)]
-        old = k[k < step.start[row]]
-        new = k[k >= step.start[row]] - step.start[row]
-        parts = []
-        if len(old):
-            parts.append(
-                ring[row][:, ((old - self.timeline.sinks) % self.ring_len).to(ring.device)]
-            )
-        if len(new):
-            parts.append(fresh[row][:, self._slots(step, row, new).to(ring.device)])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def _sources(self, step: Step, due: Sequence[tuple[int, int, int]]) -> "Sources":
+        """Where the tokens of blocks lie: in the ring what came before this pass, else in it."""
+        timeline = self.timeline
+        row = torch.tensor([r for r, _, _ in due])
+        inside = torch.tensor([m for _, m, _ in due])[:, None] * timeline.block
+        inside = inside + torch.arange(timeline.block)  # [blocks, block], counted behind the sinks
+        token = inside + timeline.sinks
+        start = torch.tensor(step.start)[row][:, None]
+        nth = (token - start).clamp_min(0)
+        if step.source is not None:
+            nth = step.source[row[:, None], nth.clamp_max(max(step.source.shape[1] - 1, 0))]
+        old = token < start
+        return Sources(
+            row,
+            None if not bool(old.any()) else inside % self.ring_len,
+            None if bool(old.all()) else nth,
+            old[:, :, None, None],
+            token + torch.tensor(step.first)[row][:, None],
+        )
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -230,9 +331,11 @@ class LayerStore:
         keys, values = self.exact_keys, self.exact_values
         tokens = step.memo(
             ("exact tokens", device, folded, length),
-            lambda: self.timeline.exact_tokens(folded, length).to(device),
+            lambda: upload(self.timeline.exact_tokens(folded, length), device),
         )
-        query_tokens = step.memo(("query tokens", device), lambda: step.query_tokens().to(device))
+        query_tokens = step.memo(
+            ("query tokens", device), lambda: upload(step.query_tokens(), device)
+        )
         if fresh is not None:  # a copy: the ring is overwritten before the view is read
             keys, values = torch.cat((keys, fresh[0]), 2), torch.cat((values, fresh[1]), 2)
             tokens = torch.cat((tokens, query_tokens), 1)
@@ -321,8 +424,13 @@ class LayerStore:
         """Row i becomes what row `rows[i]` was."""
         if self.is_allocated:
             rows = rows.to(self.exact_keys.device)
-            self.exact_keys = self.exact_keys.index_select(0, rows)
-            self.exact_values = self.exact_values.index_select(0, rows)
+            for name in ("exact_keys", "exact_values"):
+                held = getattr(self, name)
+                chosen = held.index_select(0, rows)
+                if chosen.shape == held.shape:
+                    held.copy_(chosen)  # in place, so that recorded graphs stay valid
+                else:
+                    setattr(self, name, chosen)
 
     def copied(self, timeline: Timeline) -> "LayerStore":
         """The same content with storage of its own, under another timeline; tables are shared."""
@@ -330,15 +438,17 @@ class LayerStore:
         if self.is_allocated:
             new.pool = Pool(self.pool.page_bytes, self.pool.slab_pages, self.pool.device)
             new.pool.slabs = [slab.clone() for slab in self.pool.slabs]
+            new.pool._note_addresses()
         return new
 
     def forked(self, timeline: Timeline, rows: Tensor) -> "LayerStore":
         """Row i from row `rows[i]`, with exact states of its own and the same pool of pages."""
         new = LayerStore(self.key, self.value, timeline)
         if self.is_allocated:
-            new.exact_keys, new.exact_values = self.exact_keys, self.exact_values
+            rows = rows.to(self.exact_keys.device)
+            new.exact_keys = self.exact_keys.index_select(0, rows)
+            new.exact_values = self.exact_values.index_select(0, rows)
             new.pool, new.is_allocated = self.pool, True
-            new.select(rows)
         return new
 
     @exact_math
@@ -365,7 +475,9 @@ class LayerStore:
         used = used_pages * self.layout.nbytes
         return {
             "pages": used,
-            "pool_unused": sum(slab.nbytes for slab in self.pool.slabs) - used,
+            "pool_unused": sum(slab.nbytes for slab in self.pool.slabs)
+            + self.pool.addresses.nbytes
+            - used,
             "window": self.ring_keys.nbytes + self.ring_values.nbytes,
             "sinks": self.sink_keys.nbytes + self.sink_values.nbytes,
         }

@@ -29,6 +29,13 @@ T = TypeVar("T")
 DROPPED = -1
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for what the device has yet to do."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)  # the pinned copy outlives the transfer
+
+
 class CacheError(ValueError):
     """A cache cannot take what it was given: says what was given and what it expects."""
 
@@ -154,14 +161,14 @@ class Located:
             block[r, : counts[r]] = blocks
 
         def numbers(x: tuple[int, ...]) -> Tensor:
-            return torch.tensor(x, dtype=torch.int32).to(device)
+            return upload(torch.tensor(x, dtype=torch.int32), device)
 
         return Located(
             numbers(step.length),
             numbers(counts),
             numbers(step.first),
-            table.to(device),
-            block.to(device),
+            upload(table, device),
+            upload(block, device),
         )
 
     @cached_property

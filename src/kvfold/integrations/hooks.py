@@ -50,8 +50,8 @@ class Hooks:
             return
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given.pop("kwargs", {}), **given}
-        if given.get("past_key_values") is not cache or cache.bypass:
-            return
+        if given.get("past_key_values") is not cache or cache.bypass or cache.static is not None:
+            return  # passes that are recorded are planned before
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:

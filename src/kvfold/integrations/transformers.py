@@ -9,7 +9,8 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeGuard, cast
 
@@ -19,6 +20,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from kvfold.cache.config import CacheConfig
+from kvfold.cache.numbers import Numbers
 from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import CacheError, Step, Timeline
 from kvfold.calibration.artefact import Artefact
@@ -32,10 +34,15 @@ from kvfold.integrations.describe import (
     describe,
     model_hash,
 )
+from kvfold.integrations.graphs import Graphs
 from kvfold.integrations.handles import FoldedStates, FoldedWarning, Notices
 from kvfold.integrations.hooks import Hooks
 
 __all__ = ["FoldedCache", "FoldedLayer", "FoldedWarning"]
+
+
+#: recorded passes decode nothing and walk no pages: what would be said is refused there.
+RECORDED = Notices(strict=True)
 
 
 # --- layers ----------------------------------------------------------------------------------
@@ -104,6 +111,11 @@ class FoldedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
+        static = self.cache.static
+        if static is not None:
+            self.step = step
+            view = self.store.append_in_place(key_states, value_states, static, step)
+            return FoldedStates.pair(view, RECORDED)
         view = self.store.append(key_states, value_states, step)
         self.step = step
         if view is None:
@@ -197,6 +209,8 @@ class FoldedCache(DynamicCache):
         block: tokens of a page.
         max_tokens: longest sequence of a row; None for the model's own limit.
         slab_blocks: blocks of each row by which the page pool grows.
+        graphs: replay decode steps as CUDA graphs: None where that is possible, True to be told
+            where it is not (`summary()` says it always), False never.
         strict: raise where a handle would be decoded; else one warning names the operator.
         artefact: an `Artefact` or the path of one; by default, for presets that require one, what
             `kvfold calibrate` left for this model or kvfold ships (the demo model's).
@@ -225,6 +239,7 @@ class FoldedCache(DynamicCache):
         block: int = 128,
         max_tokens: int | None = None,
         slab_blocks: int = 4,
+        graphs: bool | None = None,
         strict: bool = False,
         artefact: Artefact | str | None = None,
         bypass: bool = False,
@@ -236,6 +251,7 @@ class FoldedCache(DynamicCache):
             given |= {"window": window, "block": block, "max_tokens": max_tokens}
             given |= {"slab_blocks": slab_blocks, "strict": strict, "artefact": artefact}
             given |= {"unsupported": unsupported}
+            given |= {"graphs": graphs}
             defaults = inspect.signature(FoldedCache.__init__).parameters
             both = [name for name, value in given.items() if value != defaults[name].default]
             if both:
@@ -256,6 +272,7 @@ class FoldedCache(DynamicCache):
                 block=block,
                 max_tokens=max_tokens,
                 slab_blocks=slab_blocks,
+                graphs=graphs,
                 strict=strict,
                 artefact=artefact,
                 unsupported=unsupported,
@@ -310,12 +327,18 @@ class FoldedCache(DynamicCache):
             config.max_tokens or limit,
         )
         self.step: Step | None = None
+        #: numbers on the device while a pass is recorded as a graph
+        self.static: Numbers | None = None
         self._failed = False
         self._lock = threading.Lock()
         self.notices = Notices(config.strict)
         self._bypass = bypass or not infos
         self._set_layers()
         self._hooks = None if self.exact_because else Hooks(self, model)
+        wanted = config.graphs
+        if wanted is None:
+            wanted = next(model.parameters()).device.type == "cuda"
+        self.graphs = Graphs(self, model) if wanted and not self._bypass else None
 
     def _set_layers(self) -> None:
         super().__init__(config=self._model_config)
@@ -416,8 +439,9 @@ class FoldedCache(DynamicCache):
 
     # --- one pass ------------------------------------------------------------------------------
 
-    def begin(self, queries: int, rows: int, mask: Any, positions: Tensor | None) -> None:
-        """Plan a forward pass; called by the decoder's hook before it runs."""
+    @contextmanager
+    def _beginning(self) -> Iterator[None]:
+        """Hold the cache for a pass, or for nobody where planning it fails."""
         if not self._lock.acquire(blocking=False):
             raise CacheError(
                 "this FoldedCache is in the middle of a forward pass of another thread; one cache "
@@ -426,6 +450,29 @@ class FoldedCache(DynamicCache):
         try:
             if self._failed:
                 raise CacheError("a forward pass with this cache failed half-way; reset() it first")
+            yield
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def begin_token(self) -> Step:
+        """Plan a pass of one token a row, all cached tokens attended to; for `graphs.Graphs`."""
+        with self._beginning():
+            first, lengths = torch.tensor(self.timeline.first), torch.tensor(self.timeline.lengths)
+            self.step = self.timeline.plan(self.timeline.rows, 1, None, (first + lengths)[:, None])
+            return self.step
+
+    def end_token(self, step: Step, outcome: Literal["done", "dropped", "failed"] = "done") -> None:
+        """Commit what `begin_token` planned, or let it go: dropped as if it had not begun."""
+        if outcome == "done":
+            self.timeline.commit(step)
+        self._failed |= outcome == "failed"
+        self.end_step()
+        self._lock.release()
+
+    def begin(self, queries: int, rows: int, mask: Any, positions: Tensor | None) -> None:
+        """Plan a forward pass; called by the decoder's hook before it runs."""
+        with self._beginning():
             slots = self.timeline.slots
             if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
                 kind = (
@@ -450,9 +497,6 @@ class FoldedCache(DynamicCache):
                 )
             self._check_length(slots + queries, positions)
             self.step = self.timeline.plan(rows, queries, valid, positions)
-        except BaseException:
-            self._lock.release()
-            raise
 
     def _check_length(self, tokens: int, positions: Tensor | None) -> None:
         bounded = [layer for layer in self.folded_layers if layer.info.rope_limit is not None]
@@ -559,6 +603,9 @@ class FoldedCache(DynamicCache):
         for layer in self.folded_layers:
             by_preset.setdefault(layer.preset.name, []).append(layer.info.index)
         lines += [f"  {name}: layers {_ranges(layers)}" for name, layers in by_preset.items()]
+        if self.graphs is not None:
+            how = self.graphs.reason or f"{self.graphs.replays} steps replayed"
+            lines.append(f"  CUDA graphs: {how}")
         exact = [i for i, layer in enumerate(self.layers) if not _is_folded(layer)]
         if exact:
             lines.append(f"  exact (transformers' own classes): layers {_ranges(exact)}")
