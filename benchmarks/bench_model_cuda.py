@@ -12,7 +12,9 @@ torch's fastest attention kernels in. A part that fails is a row with its error.
 import argparse
 import gc
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 from transformers.models.llama import modeling_llama
 
 import kvfold
+from kvfold.attention import dispatch, paged
 from kvfold.cache.store import LayerStore
 
 SHAPES = ((1, 32_768), (8, 32_768), (1, 131_072), (8, 131_072))
@@ -169,19 +172,17 @@ def spread(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack((widths, codes[1], codes[2]))
 
 
-def folded(
-    model: Any, preset: str, rows: int, tokens: int, graphs: bool | None, device: str
-) -> Any:
+def folded(model: Any, preset: str, rows: int, tokens: int, graphs: bool, device: str) -> Any:
     """A packed cache of `rows` x `tokens`, pages and ring filled without encoding."""
     made = artefact(model, preset, device)
     if made is not None:
         made.heads, made.dim = model.config.num_key_value_heads, model.config.head_dim
-    more: dict[str, Any] = {"artefact": made} if made is not None else {}
     block = kvfold.CacheConfig().block
     cache = kvfold.FoldedCache(
         model,
-        kvfold.CacheConfig(preset=preset, slab_blocks=64, max_tokens=1 << 20, **more),
-        **({} if graphs is None else {"graphs": graphs}),
+        kvfold.CacheConfig(
+            preset=preset, slab_blocks=64, max_tokens=1 << 20, graphs=graphs, artefact=made
+        ),
     )
     states = torch.zeros(
         rows, model.config.num_key_value_heads, 1, model.config.head_dim, device=device
@@ -214,22 +215,65 @@ def packed(model: Any, preset: str, rows: int, tokens: int, graphs: bool, device
     """Decode steps through the model's own forward, with or without graphs."""
     cache = folded(model, preset, rows, tokens, graphs, device)
     ids = torch.randint(0, model.config.vocab_size, (rows, 1), device=device)
-    with torch.inference_mode():
-        first = model(ids, past_key_values=cache).logits
-        if not bool(torch.isfinite(first).all()):
-            raise AssertionError("logits are not finite")
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first = model(input_ids=ids, past_key_values=cache).logits
+        assert bool(torch.isfinite(first).all()), "logits are not finite"
+        row = gate(model, cache, device)
 
         def step() -> None:
-            model(ids, past_key_values=cache)
+            model(input_ids=ids, past_key_values=cache)
 
         step()
-        row = timed(step, device)
-    parts = cache.nbytes()
+        row |= timed(step, device)
+        parts = cache.nbytes()
+        if graphs or device == "cpu":
+            row |= fold_step(cache, step, row["median_ms"], device)
     held = sum(size for part, size in parts.items() if part != "tables")
-    said = "; ".join(cache.notices.said) if cache.notices.said else ""
-    row |= {"cache_bytes": held, "tables_bytes": parts["tables"], "notices": said}
-    row |= {"bits": cache.bits_per_element(), "path": cache.path()}
-    return row
+    if cache.graphs is not None:
+        row["path"] = cache.graphs.reason or f"graphs: {cache.graphs.captures} captures"
+    row |= {"cache_bytes": held, "tables_bytes": parts["tables"]}
+    return row | {
+        "bits": cache.bits_per_element(),
+        "notices": "; ".join(str(w.message) for w in said),
+    }
+
+
+def gate(model: Any, cache: Any, device: str) -> dict[str, Any]:
+    """One layer's attention on the path that decoding takes, against the page walk in float32."""
+    store: LayerStore = cache.folded_layers[-1].store
+    now = cache.timeline.now()
+    view = store._view(now, now.folded, now.start)
+    asked = torch.tensor([[n - 1] for n in now.start], device=device)
+    view = replace(view, query_tokens=asked)
+    shape = (now.rows, model.config.num_attention_heads, 1, store.key.site.head_dim)
+    q = torch.randn(shape, device=device).to(model.dtype)
+    scaling = shape[-1] ** -0.5
+    found = dispatch.attend(q, view, scaling=scaling).float()
+    wanted = paged.attend(q, view, scaling=scaling)
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    assert error < 0.02, f"attention is off by {error:.3g}"
+    return {"gate_error": error, "kernel": dispatch.path(q, view)[1]}
+
+
+def fold_step(cache: Any, step: Callable[[], Any], usual: float, device: str) -> dict[str, float]:
+    """The step in which a block of every row is folded, against the others."""
+    line = cache.timeline
+    while line.folded_at(line.lengths[0] + 1) == line.folded[0]:
+        step()
+    found = timed_once(step, device)
+    return {"fold_step_ms": found, "fold_share": (found - usual) / (line.block * usual + found)}
+
+
+def timed_once(run: Callable[[], Any], device: str) -> float:
+    """Milliseconds of one run, from an idle device to an idle device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 # --- folding ---------------------------------------------------------------------------------
@@ -237,7 +281,7 @@ def packed(model: Any, preset: str, rows: int, tokens: int, graphs: bool, device
 
 def folding(model: Any, preset: str, rows: int, device: str) -> list[dict]:
     """Folding one block of every row in one layer: as torch runs it, and replayed."""
-    cache = folded(model, preset, rows, 1024, None, device)
+    cache = folded(model, preset, rows, 1024, False, device)
     store: LayerStore = cache.folded_layers[0].store
     site = store.key.site
     x = torch.randn(rows, site.num_kv_heads, site.block_len, site.head_dim, device=device)
@@ -320,28 +364,15 @@ def main() -> None:
     parts = args.parts.split(",")
     on = args.device
     with torch.no_grad():
-        for n, t in shapes:
-            about = {"rows": n, "tokens": t, "filled": "synthetic"}
-            for graphs in (True, False):
-                if graphs and on == "cpu":
-                    continue
-                about["graphs"] = graphs
-                if "stock" in parts:
-                    for masked in (True, False):
-                        name = "stock" if masked else "stock_unmasked"
-                        part(
-                            name,
-                            lambda n=n, t=t, m=masked, g=graphs: stock(model, n, t, m, g, on),
-                            **about,
-                        )
-                if "packed" in parts:
-                    for p in presets:
-                        part(
-                            "packed",
-                            lambda n=n, t=t, p=p, g=graphs: packed(model, p, n, t, g, on),
-                            preset=p,
-                            **about,
-                        )
+        for graphs, n, t in [(True, *s) for s in shapes] + [(False, *s) for s in shapes[:2]]:
+            if graphs and on == "cpu":
+                continue
+            about = {"rows": n, "tokens": t, "graphs": graphs, "filled": "synthetic"}
+            for name in ("stock", "stock_unmasked") if "stock" in parts else ():
+                masked = name == "stock"
+                part(name, lambda a=(n, t, masked, graphs): stock(model, *a, on), **about)
+            for p in presets if "packed" in parts else ():
+                part("packed", lambda a=(p, n, t, graphs): packed(model, *a, on), preset=p, **about)
         for p in presets:
             if "fold" in parts:
                 for n in (1, 8):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvfold.cache.numbers import Numbers
 from kvfold.cache.store import LayerStore
-from kvfold.cache.timeline import CacheError, Step
+from kvfold.cache.timeline import Step
 from kvfold.integrations.describe import UnsupportedError, decoder
 from kvfold.integrations.handles import SWITCH
 from kvfold.integrations.hooks import attention_configs, reads_codes
@@ -84,35 +84,6 @@ class Capture:
         return self.output.logits
 
 
-class Check:
-    """Whether masks and positions of replayed passes were what the cache holds, seen one step late.
-
-    Reading them at once would wait for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.wrong = torch.zeros(1, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(1, dtype=torch.bool, pin_memory=device.type == "cuda")
-        self.event = torch.cuda.Event() if device.type == "cuda" else None
-
-    def note(self, mask: Tensor | None, positions: Tensor | None, numbers: Numbers) -> None:
-        """Compare a pass with the cache's numbers, on the device."""
-        located = numbers.located
-        if mask is not None:
-            self.wrong |= (mask.sum(1) != located.length).any()
-        if positions is not None:
-            self.wrong |= (positions[:, 0] != located.first + numbers.query_tokens[:, 0]).any()
-        self.seen.copy_(self.wrong, non_blocking=True)
-        if self.event is not None:
-            self.event.record()
-
-    def read(self) -> bool:
-        """Whether any pass until the last one was wrong."""
-        if self.event is not None:
-            self.event.synchronize()
-        return bool(self.seen)
-
-
 class Gate:
     """Stands before a model's `forward` while caches live that replay; one for a model."""
 
@@ -169,7 +140,6 @@ class Graphs:
     def __init__(self, cache: "FoldedCache", model: nn.Module) -> None:
         self.cache, self.configs = weakref.ref(cache), attention_configs(model)
         self.capture: Capture | None = None
-        self.check: Check | None = None
         self.shape: tuple[Any, ...] = ()
         self.captures = self.replays = 0
         self.refused: str | None = None
@@ -219,14 +189,6 @@ class Graphs:
 
     def _replayed(self, cache: "FoldedCache", step: Step, kwargs: dict[str, Any]) -> Any:
         tokens, timeline = kwargs["input_ids"], cache.timeline
-        if self.check is None:
-            self.check = Check(tokens.device)
-        if self.check.read():
-            raise CacheError(
-                "attention_mask or position_ids of an earlier pass did not mark the tokens that "
-                "the cache holds, which a replayed pass finds one step late: what was generated "
-                "since is wrong; reset() the cache"
-            )
         stores = [layer.store for layer in cache.folded_layers if layer.store is not None]
         for store in stores:
             store.fold_due(step)
@@ -242,7 +204,13 @@ class Graphs:
             self.captures += 1
         else:
             capture.numbers.write(step, timeline)
-        self.check.note(kwargs.get("attention_mask"), kwargs.get("position_ids"), capture.numbers)
+        located = capture.numbers.located
+        cache.late.note(
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            located.length,
+            located.first + capture.numbers.query_tokens[:, 0],
+        )
         logits = capture.replay(tokens).clone()
         self.replays += 1
         return type(capture.output)(logits=logits, past_key_values=cache)

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from kvfold.cache.config import CacheConfig
 from kvfold.cache.numbers import Numbers
 from kvfold.cache.store import LayerStore
-from kvfold.cache.timeline import CacheError, Step, Timeline
+from kvfold.cache.timeline import CacheError, Step, Timeline, upload
 from kvfold.calibration.artefact import Artefact
 from kvfold.codec import Preset, Site, page_layout
 from kvfold.integrations.artefacts import for_preset
@@ -37,6 +37,7 @@ from kvfold.integrations.describe import (
 from kvfold.integrations.graphs import Graphs
 from kvfold.integrations.handles import FoldedStates, FoldedWarning, Notices
 from kvfold.integrations.hooks import Hooks
+from kvfold.integrations.late import Late
 
 __all__ = ["FoldedCache", "FoldedLayer", "FoldedWarning"]
 
@@ -330,6 +331,7 @@ class FoldedCache(DynamicCache):
         #: numbers on the device while a pass is recorded as a graph
         self.static: Numbers | None = None
         self._failed = False
+        self.late = Late()
         self._lock = threading.Lock()
         self.notices = Notices(config.strict)
         self._bypass = bypass or not infos
@@ -450,17 +452,32 @@ class FoldedCache(DynamicCache):
         try:
             if self._failed:
                 raise CacheError("a forward pass with this cache failed half-way; reset() it first")
+            self._check_late()
             yield
         except BaseException:
             self._lock.release()
             raise
 
+    def _check_late(self) -> None:
+        """Raise for what the device has found wrong since; the cache is of no use then."""
+        try:
+            self.late.check()
+            for layer in self.folded_layers:
+                if layer.store is not None:
+                    layer.store.watch.check()
+        except ValueError:
+            self._failed = True
+            raise
+
     def begin_token(self) -> Step:
-        """Plan a pass of one token a row, all cached tokens attended to; for `graphs.Graphs`."""
+        """Plan a pass of one token a row, all cached tokens attended to, without the device."""
         with self._beginning():
-            first, lengths = torch.tensor(self.timeline.first), torch.tensor(self.timeline.lengths)
-            self.step = self.timeline.plan(self.timeline.rows, 1, None, (first + lengths)[:, None])
+            self.step = self._next_token()
             return self.step
+
+    def _next_token(self) -> Step:
+        first, lengths = torch.tensor(self.timeline.first), torch.tensor(self.timeline.lengths)
+        return self.timeline.plan(self.timeline.rows, 1, None, (first + lengths)[:, None])
 
     def end_token(self, step: Step, outcome: Literal["done", "dropped", "failed"] = "done") -> None:
         """Commit what `begin_token` planned, or let it go: dropped as if it had not begun."""
@@ -471,9 +488,15 @@ class FoldedCache(DynamicCache):
         self._lock.release()
 
     def begin(self, queries: int, rows: int, mask: Any, positions: Tensor | None) -> None:
-        """Plan a forward pass; called by the decoder's hook before it runs."""
+        """Plan a forward pass; called by the decoder's hook before it runs.
+
+        Where one token a row follows on CUDA, the mask and positions are compared there (`Late`):
+        each row takes a token, none is padding.
+        """
         with self._beginning():
             slots = self.timeline.slots
+            given = [x for x in (mask, positions) if isinstance(x, Tensor)]
+            unread = bool(given) and all(x.ndim == 2 and x.is_cuda for x in given)
             if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
                 kind = (
                     f"a {mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
@@ -488,13 +511,23 @@ class FoldedCache(DynamicCache):
                         f"attention_mask has shape {tuple(mask.shape)}; [{rows}, {slots + queries}]"
                         f" = rows and cached ({slots}) plus new ({queries}) slots is expected"
                     )
-                self.timeline.check_mask(mask[:, :slots].bool(), thorough=queries > 1)
-                valid = mask[:, slots:].bool()
+                if not (unread and queries == 1 and slots):
+                    self.timeline.check_mask(mask[:, :slots].bool(), thorough=queries > 1)
+                    valid = mask[:, slots:].bool()
             elif slots and not self.timeline.unpadded:
                 raise CacheError(
                     "the cache holds padded rows and this pass has no attention_mask; pass "
                     f"attention_mask [{rows}, {slots + queries}]"
                 )
+            if unread and queries == 1 and slots and rows == self.timeline.rows:
+                line = self.timeline
+                ahead = max(a + n for a, n in zip(line.first, line.lengths, strict=True))
+                self._check_length(ahead + 1, None)
+                self.step = step = self._next_token()
+                numbers = torch.tensor([step.length, step.first])
+                length, first = upload(numbers, given[0].device)
+                self.late.note(mask, positions, length, first + length - 1)
+                return
             self._check_length(slots + queries, positions)
             self.step = self.timeline.plan(rows, queries, valid, positions)
 
@@ -634,7 +667,7 @@ class FoldedCache(DynamicCache):
         if self._hooks is not None:
             self._hooks.abort()
         self.timeline.reset()
-        self.step, self._failed = None, False
+        self.step, self._failed, self.late = None, False, Late()
         self._set_layers()
 
     def crop(self, max_length: int) -> None:  # type: ignore[override]
