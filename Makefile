@@ -1,4 +1,4 @@
-# make demo | test | lint | clean, on a machine with Python 3.11 or newer and no GPU.
+# make demo | test | nightly | lint | clean, on a machine with Python 3.11 or newer and no GPU.
 # Variables can be set on the command line: make demo PRESETS=fp8,kivi2-g32
 
 PYTHON      ?= python3
@@ -10,6 +10,7 @@ PRESETS     ?= int8,kivi4-g64,turboquant4,turboquant3,kivi2-g64
 CONTEXT     ?= 2048
 WINDOWS     ?= 2
 WORKERS     ?= 2
+STEPS       ?= 10000
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ OUT := build/demo
 HOOKED := kvfold.codecs,kvfold.cache,kvfold.attention,beartype.beartype
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format clean
+.PHONY: demo test nightly lint format clean
 
 demo: $(VENV)/.stamp-demo $(OUT)/prompt.txt $(OUT)/text.txt
 	$(BIN)/kvfold generate --model $(MODEL) --preset $(PRESET) --prompt-file $(OUT)/prompt.txt \
@@ -30,6 +31,10 @@ demo: $(VENV)/.stamp-demo $(OUT)/prompt.txt $(OUT)/text.txt
 # pytest's summary is the last thing printed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --jaxtyping-packages=$(HOOKED) $(PYTEST_ARGS)
+
+# every preset on three versions of transformers; 10,000 random operations a preset; an hour or two
+nightly: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/nightly.py --steps $(STEPS) -- -n $(WORKERS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

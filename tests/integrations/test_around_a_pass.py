@@ -63,6 +63,8 @@ def test_models_with_attention_of_their_own_are_right(kind, decodes, prompt):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_hybrid_models_past_their_window(attention, prompt):
+    if attention == "sdpa" and not Gemma2ForCausalLM._supports_sdpa:
+        pytest.skip("transformers 5.20 and newer have no sdpa for models with a soft-cap")
     model = gemma(attn_implementation=attention)
     cache, stock = FoldedCache(model, "identity", strict=True), DynamicCache(config=model.config)
     assert "identity: layers 1, 3" in cache.summary()
