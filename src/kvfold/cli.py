@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -138,7 +138,14 @@ def evaluate(
     ] = None,
     sinks: Sinks = 4,
     window: Window = 64,
-    block: Annotated[int, typer.Option(min=1, help="Tokens that leave the window together.")] = 1,
+    block: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that leave the window together: 1, decoding a page."),
+    ] = None,
+    path: Annotated[
+        str,
+        typer.Option(help="oracle: all queries at once; decode: token by token with a cache."),
+    ] = "oracle",
     page_len: Annotated[int, typer.Option(min=1, help="Tokens of a stored page.")] = 128,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Windows of one forward; by default 1, on CUDA 4.")
@@ -183,6 +190,7 @@ def evaluate(
             sinks=sinks,
             window=window,
             block=block,
+            path=cast(perplexity.Attending, path),
             artefacts=artefacts,
             page_len=page_len,
             rows=rows,

@@ -89,6 +89,20 @@ def test_figures_are_those_of_a_plain_loop(tiny, text):
     assert row.ppl == pytest.approx(float(torch.cat(loss).mean().exp()), rel=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["kivi2-g32", "turboquant2"])
+def test_the_decode_path_gives_the_oracles_figures(tiny, text, preset):
+    """Token by token through a cache, against all at once; float noise flips a few codes."""
+    setting = {**SETTING, "windows": 2, "page_len": 32, "rows": 2}
+    oracle = evaluate(*tiny, text, [preset], **setting, block=32)
+    decode = evaluate(*tiny, text, [preset], **setting, path="decode")
+    assert decode.conditions["path"] == "decode"
+    assert decode.conditions["block"] == oracle.conditions["block"] == 32
+    a, b = oracle.rows[0], decode.rows[0]
+    assert b.kl_mean > 1e-4
+    assert b.kl_mean == pytest.approx(a.kl_mean, rel=0.01)
+    assert b.compressed_share == a.compressed_share
+
+
 def test_a_low_share_is_flagged(report):
     share = report.rows[0].compressed_share
     assert share < QUOTABLE_SHARE
@@ -102,6 +116,8 @@ def test_a_low_share_is_flagged(report):
         ({"context": 2000}, "past the model's limit of 1024"),
         ({"context": 37}, "leaves nothing to compress"),
         ({"windows": 0}, "at least 1"),
+        ({"path": "kernel"}, "possible: oracle, decode"),
+        ({"path": "decode", "block": 1}, r"page_len \(128\) is possible"),
     ],
 )
 def test_impossible_evaluations(tiny, text, change, message):

@@ -4,10 +4,10 @@ import datetime
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from kvfold.evaluation.metrics import TokenScores, perplexity_delta, quantile, t
 from kvfold.evaluation.report import Report, Row
 from kvfold.integrations.describe import model_hash, text_config
 from kvfold.integrations.streaming import Session
+from kvfold.integrations.transformers import FoldedCache
 
+Attending = Literal["oracle", "decode"]
 #: rows of one forward; a GPU works on several windows at once.
 ROWS = {"cuda": 4}
 
@@ -49,7 +51,8 @@ def evaluate(
     windows: int | None = None,
     sinks: int = 4,
     window: int = 64,
-    block: int = 1,
+    block: int | None = None,
+    path: Attending = "oracle",
     artefacts: Sequence[Artefact] = (),
     page_len: int = 128,
     rows: int | None = None,
@@ -62,6 +65,10 @@ def evaluate(
     The text is tokenised once, without special tokens. Each window is run once uncompressed and
     once with every preset, in streaming semantics; tokens after position `sinks + window` count.
 
+    Both paths compute the same: `"oracle"` in one parallel pass over decoded states, `"decode"`
+    with a `FoldedCache` fed token by token, through the kernels and graphs that generation uses.
+    Pages leave the window whole there, so compare it with the oracle at `block=page_len`.
+
     Args:
         model: a decoder model, on the device and in the dtype to evaluate in.
         tokenizer: its tokenizer.
@@ -71,7 +78,9 @@ def evaluate(
         windows: how many, None for as many as the text has.
         sinks: first tokens of each window, exact.
         window: most recent tokens of each query, exact.
-        block: tokens that leave the window together; changes the mask only.
+        block: tokens that leave the window together, by default 1, on the decode path `page_len`;
+            changes the mask only.
+        path: what computes attention on the packed cache.
         artefacts: calibrations; each preset takes the first that was made for it.
         page_len: tokens of a stored page.
         rows: windows of one forward; by default 1, on CUDA 4.
@@ -87,6 +96,17 @@ def evaluate(
     chosen = [get(preset) for preset in presets]
     if not chosen:
         raise EvaluationError("no preset was given; `kvfold list` names them")
+    if path not in get_args(Attending):
+        raise EvaluationError(
+            f"path {path!r} is unknown; possible: {', '.join(get_args(Attending))}"
+        )
+    if path == "decode" and block not in (None, page_len):
+        raise EvaluationError(
+            f"block ({block}) on the decode path: a cache folds whole pages, so page_len "
+            f"({page_len}) is possible"
+        )
+    if block is None:
+        block = page_len if path == "decode" else 1
     ids = windows_of(model, tokenizer, text, context, windows, sinks + window)
     sessions = [
         _session(model, preset, artefacts, sinks, window, block, page_len) for preset in chosen
@@ -112,8 +132,11 @@ def evaluate(
                 reference = _logits(model, batch, sinks + window)
                 report_step("uncompressed")
                 for preset, session, into in zip(chosen, sessions, scores, strict=True):
-                    with session:
-                        logits = _logits(model, batch, sinks + window)
+                    if path == "decode":
+                        logits = _decoded_logits(model, session.config, batch, sinks + window)
+                    else:
+                        with session:
+                            logits = _logits(model, batch, sinks + window)
                     into.append(token_scores(reference, logits, targets.to(logits.device)))
                     del logits
                     report_step(preset.name)
@@ -137,6 +160,7 @@ def evaluate(
         "sinks": sinks,
         "window": window,
         "block": block,
+        "path": path,
         "page_len": page_len,
         "layers": len(sessions[0].layers),
         "layers_compressed": len(sessions[0].folded),
@@ -256,6 +280,17 @@ def _session(
 def _logits(model: nn.Module, ids: Tensor, first: int) -> Tensor:
     """Logits `[rows * tokens, vocabulary]` of the queries from `first` to the last but one."""
     return model(input_ids=ids, use_cache=False).logits[:, first:-1].flatten(0, 1)
+
+
+def _decoded_logits(model: nn.Module, config: CacheConfig, ids: Tensor, first: int) -> Tensor:
+    """The same logits from a packed cache: `first` tokens at once, then one after the other."""
+    cache = FoldedCache(model, replace(config, strict=True))
+    model(input_ids=ids[:, :first], past_key_values=cache, logits_to_keep=1)
+    steps = [
+        model(input_ids=ids[:, n : n + 1], past_key_values=cache).logits
+        for n in range(first, ids.shape[1] - 1)
+    ]
+    return torch.cat(steps, 1).flatten(0, 1)
 
 
 def _row(
