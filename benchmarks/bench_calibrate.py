@@ -73,9 +73,8 @@ def main() -> None:
         "expected": total(collect_fisher.expected_bytes(model, windows.shape[1], device.type)),
         "expected_8b_bfloat16_cuda": total(collect_fisher.expected_bytes(large, 2048, "cuda")),
         # on the host: residuals and gradients of the sampled tokens, in two bytes each
-        "samples_8b_bytes": sum(
-            2 * 2 * 8192 * i.num_kv_heads * (i.key_dim + i.value_dim) for i in describe(large)
-        ),
+        "samples_8b_bytes": collect_fisher.samples_for(large, windows.numel())
+        * sum(2 * 2 * i.num_kv_heads * (i.key_dim + i.value_dim) for i in describe(large)),
         **environment(device),
     }
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -194,7 +194,7 @@ def test_more_bits_less_error_and_the_ablations_cost() -> None:
         Recipe(max_bits=4),
         Recipe(fitted=False),
         Recipe(gain=False),
-        Recipe(reweigh=2),
+        Recipe(reweigh=2, least=0),
         Recipe(measured=True, weighted=True),
     ],
     ids=repr,
@@ -215,10 +215,35 @@ def test_one_fit_gives_a_codec_the_tables_it_gets_alone() -> None:
     """Codes of all bits and forms share a basis, so no codec may leave another's there."""
     statistics, _keys, _ = synthetic(bias=3.0)
     codecs = codecs_for([4.0, 2.0, 1.0])
-    together = Fit(statistics).tensors(codecs)
+    recipe = Recipe(least=0)
+    together = Fit(statistics, recipe).tensors(codecs)
     for codec in codecs:
-        for name, alone in Fit(statistics).tensors([codec]).items():
+        for name, alone in Fit(statistics, recipe).tensors([codec]).items():
             assert torch.equal(together[name], alone), f"{codec}: {name}"
+
+
+def test_moments_of_few_tokens_are_not_reweighed() -> None:
+    statistics, _keys, _ = synthetic(bias=3.0)
+    name, codec = "layers.0.key.pre_basis", Fisher(2.0, "pre")
+    count = len(statistics.places()[0])
+    found = {
+        what: Fit(statistics, recipe).tensors([codec])[name]
+        for what, recipe in (
+            ("plain", Recipe(reweigh=0)),
+            ("few", Recipe(least=count + 1)),
+            ("enough", Recipe(least=count)),
+        )
+    }
+    assert torch.equal(found["plain"], found["few"])
+    assert not torch.equal(found["plain"], found["enough"])
+
+
+def test_as_many_tokens_are_sampled_as_memory_holds(monkeypatch) -> None:
+    model = model_of("llama")
+    assert collect_fisher.samples_for(model, 5000) == 5000
+    # two layers, two heads, keys and values of 32 channels, residuals and gradients
+    monkeypatch.setattr(collect_fisher, "SAMPLE_BYTES", 100 * 2 * 2 * 2 * 32 * 2 * 2)
+    assert collect_fisher.samples_for(model, 5000) == 100
 
 
 def test_statistics_survive_a_file(tmp_path) -> None:

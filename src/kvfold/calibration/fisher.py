@@ -28,6 +28,8 @@ DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000644)
 FORMAT = 1
 #: code bits whose gains reweigh the moments.
 REFERENCE_BITS = 2.0
+#: sampled tokens that levels are fitted to, at most.
+LEVEL_TOKENS = 8192
 _NO_FRAME = ("value",)
 
 
@@ -312,6 +314,8 @@ class Recipe:
         reweigh: rounds in which moments are taken again in units of each token's gain, from the
             sampled tokens: S' = E[r r^T / g^2], G' = E[g^2 grad grad^T]. Gains are those of a code
             of `REFERENCE_BITS`, so that codes of all bits share their transforms.
+        least: sampled tokens from which on moments are reweighed: those of fewer are noisier than
+            what reweighing mends (2,048 tokens: KL 0.021 with it, 0.015 without).
         measured: allocate by measured errors of each coordinate rather than the Gaussian's.
         fitted: fit steps and offsets; else those of N(0, 1).
         gain: fit to coordinates in units of each token's gain; else to the coordinates.
@@ -327,6 +331,7 @@ class Recipe:
     centred_keys: bool = True
     centred_values: bool = False
     reweigh: int = 1
+    least: int = 16_384
     measured: bool = False
     fitted: bool = True
     gain: bool = True
@@ -425,7 +430,7 @@ class Fit:
                 key: transform(*self.moments(key, form), self.recipe.ridge)
                 for key in self.statistics.sides
             }
-            for _ in range(self.recipe.reweigh):
+            for _ in range(self.recipe.reweigh if len(self.index) >= self.recipe.least else 0):
                 codec = Fisher(REFERENCE_BITS, form)
                 widths = self.widths(made, codec)
                 made = {key: self._reweighed(key, codec, made[key], widths[key]) for key in made}
@@ -498,6 +503,8 @@ class Fit:
         if not self.recipe.fitted:
             return gaussian_affine(widths)
         y, gain = self.coordinates(key, made, widths, codec)
+        step = -(-y.shape[1] // LEVEL_TOKENS)
+        y, gain = y[:, ::step], gain[:, ::step]
         z = y / torch.where(gain > 0, gain, 1.0)
         return fit_affine(z, widths, gain.square() if self.recipe.weighted else None)
 

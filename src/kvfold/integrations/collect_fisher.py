@@ -53,6 +53,8 @@ NAME = "kvfold_fisher"
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 #: activations of one window's graph beyond which layers are recomputed in the backward pass.
 ACTIVATION_BYTES = 4 << 30
+#: host memory for sampled residuals and gradients; an 8B model keeps 16,384 tokens in it.
+SAMPLE_BYTES = 4 << 30
 #: code bits that every artefact has tables for.
 TARGETS = (4.0, 3.0, 2.5, 2.0, 1.5, 1.0)
 
@@ -275,6 +277,16 @@ def _blocks(model: nn.Module, run: _Run) -> list[nn.Module]:
     ]
 
 
+def samples_for(model: nn.Module, tokens: int) -> int:
+    """Of `tokens`, how many are sampled: residuals and gradients take two bytes an element each."""
+    elements = sum(
+        i.num_kv_heads * (i.key_dim + i.value_dim)
+        for i in describe(model)
+        if i.kind == "full_attention"
+    )
+    return max(1, min(tokens, SAMPLE_BYTES // (4 * elements)))
+
+
 # --- collection ----------------------------------------------------------------------------------
 
 
@@ -285,7 +297,7 @@ def collect(
     sinks: int = 4,
     window: int = 64,
     tile: int = 128,
-    samples: int = 8192,
+    samples: int | None = None,
     draws: int | None = None,
     seed: int = 0,
     conditions: dict[str, Any] | None = None,
@@ -300,7 +312,8 @@ def collect(
         sinks: first tokens of each window, which stay exact.
         window: most recent tokens of each query, likewise.
         tile: tokens of a run in the tile form.
-        samples: tokens that are kept of all windows together, for the fit of levels.
+        samples: tokens that are kept of all windows together, for moments in units of gains and for
+            levels; by default as many as `SAMPLE_BYTES` of host memory hold.
         draws: sets of labels per window, each one backward pass; by default more than one where
             there are few tokens, see `draws_for`.
         seed: of labels and samples.
@@ -325,7 +338,7 @@ def collect(
         "sinks": sinks,
         "window": window,
         "tile": tile,
-        "samples": samples,
+        "samples": samples_for(model, windows.numel()) if samples is None else samples,
         "draws": draws_for(windows.numel()) if draws is None else draws,
         "seed": seed,
     }
