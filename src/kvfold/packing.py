@@ -178,12 +178,21 @@ class DigitPlan:
         """The stored sections to digits `[blocks, heads, block_len, num_columns]` (int16).
 
         Sections follow one another, each padded with zero columns to the largest head's count.
-        For values the result is a transposed view: its tokens are contiguous.
+        For values the result is a transposed view: its tokens are contiguous. A section that is
+        left out of `stored` reads as the middle of its digits (the result is float32 then): leading
+        sections alone are a coarser code.
         """
         parts = []
         for w in SECTIONS:
-            if self.padded[w]:
+            if not self.padded[w]:
+                continue
+            if f"{prefix}{w}" in stored:
                 parts.append(self._unpack_section(stored[f"{prefix}{w}"], w))
+            else:
+                other = next(iter(stored.values()))
+                shape = (other.shape[0], len(self.bits), self.block_len, self.padded[w])
+                middle = torch.tensor((2**w - 1) / 2, device=other.device)
+                parts.append(middle.expand(shape))
         if not parts:  # every coordinate has 0 bits
             other = next(iter(stored.values()))
             shape = (other.shape[0], len(self.bits), self.block_len, 0)

@@ -6,13 +6,18 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from kvfold.attention import paged
+from kvfold.attention import paged, sparse
 from kvfold.cache.store import View
 
 #: modules with a kernel, by device type; imported when a device first needs them.
 KERNELS: dict[str, str] = {}
 #: queries of a row from which a pass over packed history is the page walk's work, not a kernel's.
 MAX_QUERIES = 8
+
+
+#: with `prune=`, one-token steps in which the page walk notes what pages are looked at.
+OBSERVE_EVERY = 16
+OBSERVED = "the attention mass of pages is observed"
 
 
 @runtime_checkable
@@ -40,6 +45,13 @@ class Kernel(Protocol):
         ...
 
 
+def observes(view: View) -> bool:
+    """Whether this pass adds to the running attention mass, which kernels do not report."""
+    if view.store.mass is None:
+        return False
+    return view.step.queries > 1 or view.step.slots % OBSERVE_EVERY == 0
+
+
 def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
     """The kernel for these queries, or None and why the page walk in torch takes them."""
     if q.shape[2] > MAX_QUERIES:
@@ -49,6 +61,8 @@ def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
     name = KERNELS.get(q.device.type)
     if name is None:
         return None, f"no kernel for {q.device.type}"
+    if observes(view):
+        return None, OBSERVED
     kernel: Kernel = import_module(name)  # type: ignore[assignment]
     if view.has_holes and not getattr(kernel, "HOLES", False):
         return None, f"{name} reads no rows with dropped pages"
@@ -76,10 +90,11 @@ def attend(
             (GPT-OSS).
         say: told (topic, message) where a kernel exists for the device and refuses.
     """
+    view = sparse.chosen(q, view, scaling)
     kernel, reason = path(q, view)
     if kernel is not None:
         return kernel.attend(q, view, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
     fast_device = q.device.type in KERNELS and q.shape[2] <= MAX_QUERIES and any(view.folded)
-    if say is not None and fast_device:
+    if say is not None and fast_device and reason != OBSERVED:
         say("slow path", f"attention on packed pages runs in plain torch: {reason}")
     return paged.attend(q, view, scaling=scaling, softcap=softcap, sink_logits=sink_logits)

@@ -124,6 +124,7 @@ def _attend(
     out = p @ view.values.float()
 
     most = view.on(q.device).table.shape[1] if any(view.folded) else 0
+    seen_by: list[tuple[Tensor, Tensor]] = []  # weights of pages, and the top they are below
     if most:
         fitting = budget // (s[..., 0].numel() * store.timeline.block)
         step = max(1, min(store.group_blocks(rows), fitting))
@@ -132,11 +133,13 @@ def _attend(
         shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
         for low in range(0, most, step):
             pages = store.pages(view, low, min(low + step, most))
-            s = cap(_page_scores(q, shared, store.key, pages))  # [rows, blocks, heads, M, B]
+            s = cap(page_scores(q, shared, store.key, pages))  # [rows, blocks, heads, M, B]
             s = s.masked_fill(~pages.valid[:, :, None, None, None], -torch.inf)
             s = s.masked_fill(~is_query[:, None], -torch.inf)
             higher = torch.maximum(top, s.amax((1, 4)).unsqueeze(-1))
             p = (s - higher[:, None]).exp()
+            if store.mass is not None:
+                seen_by.append((p.sum(-1), higher))
             sums = accumulate(p.flatten(0, 1), store.value.read(pages.values, pages.positions))
             sums = _map(sums, lambda t: t.unflatten(0, (rows, -1)).sum(1))
             shrink = (top - higher).exp()
@@ -151,11 +154,32 @@ def _attend(
         assert total is not None
         out = out + store.value.output(total)
         norm = norm + total.one
-    out = out / torch.where(norm > 0, norm, 1.0)
+    norm = torch.where(norm > 0, norm, 1.0)
+    if seen_by:
+        store.observe(view, _mass(seen_by, top, norm, query_heads, query_tokens >= 0))
+    out = out / norm
     return out.reshape(rows, query_heads, queries, -1)
 
 
-def _page_scores(q: Tensor, shared: Query | None, key: BoundCodec, pages: Pages) -> Tensor:
+def _mass(
+    parts: list[tuple[Tensor, Tensor]], top: Tensor, norm: Tensor, query_heads: int, real: Tensor
+) -> Tensor:
+    """`[rows, pages, 2]` mean over query heads of the weight of each page, and queries.
+
+    Args:
+        parts: for each group of pages, weights `[rows, pages, heads, M]` below a top
+            `[rows, heads, M, 1]`.
+        top: the last one.
+        norm: sum of all weights below it, likewise.
+        query_heads: over which the mean is taken.
+        real: `[rows, queries]` False where a query is padding.
+    """
+    share = [(p.unsqueeze(-1) * ((t - top).exp() / norm)[:, None]).sum((2, 3, 4)) for p, t in parts]
+    mass = torch.cat(share, 1) / query_heads
+    return torch.stack((mass, real.sum(1, keepdim=True).expand_as(mass)), -1)
+
+
+def page_scores(q: Tensor, shared: Query | None, key: BoundCodec, pages: Pages) -> Tensor:
     """Scores `[rows, blocks, heads, queries, block_len]` of a group of pages."""
     rows, blocks = pages.valid.shape
     if shared is None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from kvfold.cache.timeline import Budget
 from kvfold.codec import CodecError, Preset, codec_from_json, get, presets
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class CacheConfig:
     """What a cache keeps exact and how it codes the rest.
+
+    `trim`, `prune` and `top_k` count tokens and are rounded down to whole pages of `block`.
+    Positions stay absolute in all of them: what is left keeps the positions it was coded at, new
+    tokens go on counting, and `max_tokens` still ends a row.
 
     Args:
         preset: the code of keys and values (`kvfold.presets()`).
@@ -26,6 +31,14 @@ class CacheConfig:
         slab_blocks: blocks of each row by which the page pool grows.
         graphs: replay decode steps as CUDA graphs; None where that is possible, True to be told
             where it is not, False never.
+        trim: cold tokens of a row that are kept, the newest (StreamingLLM); None for all.
+        prune: cold tokens of a row that decoding keeps, in the pages that got most attention; a
+            prompt is kept whole until decoding has folded a page. None for all.
+        top_k: cold tokens of a row that a decoded token reads, in the pages whose coarse scores are
+            highest; None for all.
+        max_bytes: bytes of the compressed layers, tables, sinks and window included. What does not
+            fit loses its cold pages, those with the least attention first where it is known
+            (`prune`), else the oldest; a budget below what has to be held is refused at once.
         strict: raise where a slow or decoding path would be taken; else one warning names it.
         artefact: calibration for codecs that use one.
         unsupported: what to do with a model that has no layer to compress (latent attention,
@@ -42,6 +55,10 @@ class CacheConfig:
     max_tokens: int | None = None
     slab_blocks: int = 4
     graphs: bool | None = None
+    trim: int | None = None
+    prune: int | None = None
+    top_k: int | None = None
+    max_bytes: int | None = None
     strict: bool = False
     artefact: "Artefact | None" = field(default=None, repr=False)
     unsupported: str = "refuse"
@@ -54,6 +71,10 @@ class CacheConfig:
                 raise CodecError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if self.block % 16:
             raise CodecError(f"block ({self.block}) must be a multiple of 16; 128 is the default")
+        for name, least in (("trim", 0), ("prune", 0), ("top_k", self.block), ("max_bytes", 1)):
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise CodecError(f"{name} ({given}) must be at least {least}, or None for no limit")
         for layer in (None, *self.overrides):
             preset = self.preset_of(layer)
             for side, codec in (("keys", preset.keys), ("values", preset.values)):
@@ -81,6 +102,19 @@ class CacheConfig:
             given[name] = _preset_of_json(given[name])
         given["overrides"] = {int(i): _preset_of_json(p) for i, p in given["overrides"].items()}
         return CacheConfig(**given)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens may be left out of attention."""
+        return any(x is not None for x in (self.trim, self.prune, self.top_k, self.max_bytes))
+
+    def budget(self, total: int | None = None) -> Budget:
+        """The limits in pages; `total` is what `max_bytes` has room for."""
+        trim, prune, top_k = (
+            None if tokens is None else tokens // self.block
+            for tokens in (self.trim, self.prune, self.top_k)
+        )
+        return Budget(trim, prune, top_k, total)
 
     def check_artefact(self, model_hash: Callable[[], str]) -> None:
         """Raise unless calibrated presets have an artefact, and it is the model's.

@@ -135,6 +135,7 @@ class LayerStore:
     pool: Pool
     exact_keys: Tensor  #: [rows, heads, sinks + window + block, key_dim]: sinks, then the ring
     exact_values: Tensor
+    mass: Tensor | None  #: [page numbers, 2] attention that each got, and queries that read it
 
     def __init__(self, key: BoundCodec, value: BoundCodec, timeline: Timeline) -> None:
         self.key, self.value, self.timeline = key, value, timeline
@@ -142,6 +143,7 @@ class LayerStore:
         self.ring_len = timeline.window + timeline.block
         self.is_allocated = False
         self.watch = Watch()
+        self.mass = None
 
     @property
     def sink_keys(self) -> Tensor:
@@ -177,6 +179,7 @@ class LayerStore:
         if not self.is_allocated:
             self._allocate(keys, values, step)
         self.pool.reserve(step.num_pages)
+        self._reserve_mass(step)
         if step.reads_folded_now:
             self._write_exact(keys, values, step, (0,) * step.rows)
             self._fold(None, None, step)
@@ -233,6 +236,34 @@ class LayerStore:
             self.exact_keys, self.exact_values = empty(keys), empty(values)
         self.pool = Pool(self.layout.nbytes, step.slab_pages, keys.device)
         self.is_allocated = True
+
+    def _reserve_mass(self, step: Step) -> None:
+        """Room for the attention mass of all pages where the budget prunes; new ones have none."""
+        if self.timeline.budget.prune is None:
+            return
+        held = 0 if self.mass is None else len(self.mass)
+        if held < step.num_pages:
+            with torch.inference_mode(False):
+                more = self.exact_keys.new_zeros(step.num_pages - held, 2, dtype=torch.float32)
+                self.mass = more if self.mass is None else torch.cat((self.mass, more))
+        if step.pages and self.mass is not None:
+            self.mass[torch.tensor([n for _, _, n in step.pages], device=self.mass.device)] = 0.0
+
+    def observe(self, view: View, mass: Tensor) -> None:
+        """Add to the running attention mass what queries gave to pages.
+
+        Args:
+            view: what the queries read.
+            mass: `[rows, pages, 2]` share of a query's weight that the page got, summed over
+                queries, and queries.
+        """
+        if self.mass is not None:
+            located = view.on(self.mass.device)
+            valid = torch.arange(located.table.shape[1], device=self.mass.device)
+            valid = valid < located.folded[:, None]
+            self.mass.index_add_(
+                0, located.table.flatten(), (mass * valid[..., None]).flatten(0, 1)
+            )
 
     def _write_exact(self, keys: Tensor, values: Tensor, step: Step, folded: Sequence[int]) -> None:
         """Put the step's tokens that stay exact into the sinks and the ring."""
@@ -449,6 +480,7 @@ class LayerStore:
             new.exact_keys = self.exact_keys.index_select(0, rows)
             new.exact_values = self.exact_values.index_select(0, rows)
             new.pool, new.is_allocated = self.pool, True
+            new.mass = None if self.mass is None else self.mass.clone()
         return new
 
     @exact_math
@@ -468,10 +500,21 @@ class LayerStore:
         ):
             ring[row, :, to] = bound.decode(fields, at.to(device))[0].to(ring.dtype)
 
+    def exact_nbytes(self, rows: int, dtype: torch.dtype) -> int:
+        """Bytes of sinks and hot window of so many rows."""
+        slots = self.timeline.sinks + self.ring_len
+        sites = (self.key.site, self.value.site)
+        return rows * slots * sum(s.num_kv_heads * s.head_dim for s in sites) * dtype.itemsize
+
+    @property
+    def mass_nbytes(self) -> int:
+        """Bytes of the attention mass of one page."""
+        return 0 if self.timeline.budget.prune is None else 8
+
     def nbytes(self, used_pages: int) -> dict[str, int]:
-        """Allocated bytes: pages in use, unused pool space, hot window, sinks (tables not)."""
+        """Allocated bytes: pages in use, unused pool space, window, sinks, mass (tables not)."""
         if not self.is_allocated:
-            return dict.fromkeys(("pages", "pool_unused", "window", "sinks"), 0)
+            return dict.fromkeys(("pages", "pool_unused", "window", "sinks", "mass"), 0)
         used = used_pages * self.layout.nbytes
         return {
             "pages": used,
@@ -480,4 +523,5 @@ class LayerStore:
             - used,
             "window": self.ring_keys.nbytes + self.ring_values.nbytes,
             "sinks": self.sink_keys.nbytes + self.sink_values.nbytes,
+            "mass": 0 if self.mass is None else self.mass.nbytes,
         }

@@ -19,7 +19,8 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from math import inf
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,24 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 
 class CacheError(ValueError):
     """A cache cannot take what it was given: says what was given and what it expects."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many pages are kept and read; None for all.
+
+    Args:
+        trim: pages of a row, the newest (StreamingLLM).
+        prune: pages of a row, those that got most attention; the newest is never judged.
+        top_k: pages of a row that a one-token step reads.
+        total: pages of all rows together, shared ones counted once; those with the least attention
+            go first where it is known, else the oldest.
+    """
+
+    trim: int | None = None
+    prune: int | None = None
+    top_k: int | None = None
+    total: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +228,19 @@ class PageNumbers:
         return taken
 
 
+class _Candidate(NamedTuple):
+    """A page that may be kept; sorted, the one to drop first comes first."""
+
+    worth: float
+    block: int
+    row: int
+    number: int  #: `DROPPED` while it is not made
+
+
+def _last(items: list[T], count: int | None) -> list[T]:
+    return items if count is None else items[max(0, len(items) - count) :]
+
+
 class Timeline:
     """The lengths and page tables of a batch of rows."""
 
@@ -219,9 +251,10 @@ class Timeline:
         block: int,
         slab_blocks: int = 4,
         max_tokens: int | None = None,
+        budget: Budget = Budget(),
     ) -> None:
         self.sinks, self.window, self.block = sinks, window, block
-        self.slab_blocks, self.max_tokens = slab_blocks, max_tokens
+        self.slab_blocks, self.max_tokens, self.budget = slab_blocks, max_tokens, budget
         self.reset()
 
     def reset(self) -> None:
@@ -292,14 +325,24 @@ class Timeline:
         hot_from = torch.tensor(folded)[:, None] * self.block + self.sinks
         return torch.cat((sink, torch.where((k >= hot_from) & (newest >= 0), k, -1)), 1)
 
-    def plan(self, rows: int, queries: int, valid: Tensor | None, positions: Tensor | None) -> Step:
+    def plan(
+        self,
+        rows: int,
+        queries: int,
+        valid: Tensor | None,
+        positions: Tensor | None,
+        worth: Callable[[], Sequence[float]] | None = None,
+    ) -> Step:
         """The step that adds `queries` slots to `rows` rows, with pages reserved for what it folds.
+
+        Where a budget would be passed, pages are dropped first, or never made.
 
         Args:
             rows: rows of the batch.
             queries: slots of the pass.
             valid: bool `[rows, queries]`, False where a slot is padding; None for no padding.
             positions: `[rows or 1, queries]` RoPE positions; None counts slots from 0.
+            worth: attention that each page number has got, infinite where none has been seen.
 
         Raises:
             CacheError: another number of rows than before, positions with gaps within a row, or
@@ -333,16 +376,22 @@ class Timeline:
                 f"a row would reach {longest} tokens; this cache holds at most {self.max_tokens} "
                 "(max_tokens=, by default the model's own limit)"
             )
+        if not self.rows:  # also after a first pass that failed before any layer was reached
+            slab_pages = self.slab_blocks * rows
+            if self.budget.total is not None:
+                slab_pages = min(slab_pages, self.budget.total)
+            self._number(PageNumbers(slab_pages))
+            self.table = [[] for _ in range(rows)]
         # block by block, so that the pages of a walk over blocks lie side by side
         due = sorted((m, r) for r in range(rows) for m in range(before[r], after[r]))
-        if not self.rows:  # also after a first pass that failed before any layer was reached
-            self._number(PageNumbers(self.slab_blocks * rows))
-            self.table = [[] for _ in range(rows)]
+        due = self._make_room(due, queries == 1, worth)
         with self.numbers.lock:
             numbers = self.numbers.take(len(due))
             pages = tuple((r, m, n) for (m, r), n in zip(due, numbers, strict=True))
-            for r, _, n in pages:
-                self.table[r].append(n)
+            for r in range(rows):
+                self.table[r] += [DROPPED] * (after[r] - before[r])
+            for r, m, n in pages:
+                self.table[r][m] = n
         return Step(
             queries,
             self.slots,
@@ -459,6 +508,21 @@ class Timeline:
         """Raise `CacheError` where a crop would cut a block that was dropped."""
         self._left(slots)
 
+    def trim(self, pages: int) -> None:
+        """Keep the newest `pages` pages of each row."""
+        for r in range(self.rows):
+            self.drop(r, set(self.blocks(r)) - set(_last(self.blocks(r), pages)))
+
+    def prune(self, pages: int, worth: Sequence[float]) -> None:
+        """Keep the `pages` pages of each row that got most attention, as `plan` takes it."""
+        for r in range(self.rows):
+            ranked = sorted((worth[self.table[r][m]], m) for m in self.blocks(r))
+            self.drop(r, {m for _, m in ranked} - {m for _, m in _last(ranked, pages)})
+
+    def blocks(self, row: int) -> list[int]:
+        """The blocks of a row whose pages are held."""
+        return [m for m, n in enumerate(self.table[row]) if n != DROPPED]
+
     def drop(self, row: int, blocks: Iterable[int]) -> None:
         """Let go of a row's pages of these blocks; what was read before is stale then."""
         self.generation += 1
@@ -556,6 +620,41 @@ class Timeline:
                 )
             first.append(begin)
         return tuple(first)
+
+    def _make_room(
+        self,
+        due: list[tuple[int, int]],
+        decoding: bool,
+        worth: Callable[[], Sequence[float]] | None,
+    ) -> list[tuple[int, int]]:
+        """Drop pages until the budgets hold with `due` (block, row); gives what is still due.
+
+        A pass of many tokens says little before it has read the pages: only decoding prunes.
+        """
+        budget = self.budget
+        prune = budget.prune if decoding else None
+        if not due or (budget.trim, prune, budget.total) == (None, None, None):
+            return due
+        value = dict(enumerate(worth())) if worth is not None and self.held else {}
+        kept: list[_Candidate] = []
+        for r, row in enumerate(self.table):
+            mine = [_Candidate(value.get(n, inf), m, r, n) for m, n in enumerate(row)]
+            mine = [page for page in mine if page.number != DROPPED]
+            mine += [_Candidate(inf, m, r, DROPPED) for m, to in due if to == r]  # by age
+            kept += _last(sorted(_last(mine, budget.trim)), prune)
+        if budget.total is not None:
+            by_page: dict[object, list[_Candidate]] = {}  # rows that share a page lose it together
+            for page in sorted(kept):
+                name = (page.block, page.row) if page.number == DROPPED else page.number
+                by_page.setdefault(name, []).append(page)
+            capacity = budget.total // self.slab_pages * self.slab_pages
+            kept = [page for pages in _last(list(by_page.values()), capacity) for page in pages]
+        stays = {(page.block, page.row) for page in kept}
+        for r in range(len(self.table)):
+            gone = [m for m in self.blocks(r) if (m, r) not in stays]
+            if gone:
+                self.drop(r, gone)
+        return [page for page in due if page in stays]
 
     def _count_pairs(self, step: Step) -> None:
         folded = step.folded if step.reads_folded_now else step.folded_before

@@ -7,6 +7,7 @@ passes return handles (`handles.py`), which the attention that `hooks.py` names 
 
 import copy
 import inspect
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,6 +213,10 @@ class FoldedCache(DynamicCache):
         slab_blocks: blocks of each row by which the page pool grows.
         graphs: replay decode steps as CUDA graphs: None where that is possible, True to be told
             where it is not (`summary()` says it always), False never.
+        trim: cold tokens of a row that are kept, the newest (`CacheConfig` says more of these).
+        prune: cold tokens of a row that decoding keeps, those that got most attention.
+        top_k: cold tokens of a row that a decoded token reads.
+        max_bytes: bytes of the compressed layers.
         strict: raise where a handle would be decoded; else one warning names the operator.
         artefact: an `Artefact` or the path of one; by default, for presets that require one, what
             `kvfold calibrate` left for this model or kvfold ships (the demo model's).
@@ -241,6 +246,10 @@ class FoldedCache(DynamicCache):
         max_tokens: int | None = None,
         slab_blocks: int = 4,
         graphs: bool | None = None,
+        trim: int | None = None,
+        prune: int | None = None,
+        top_k: int | None = None,
+        max_bytes: int | None = None,
         strict: bool = False,
         artefact: Artefact | str | None = None,
         bypass: bool = False,
@@ -250,6 +259,7 @@ class FoldedCache(DynamicCache):
             config = preset
             given = {"keys": keys, "values": values, "overrides": overrides, "sinks": sinks}
             given |= {"window": window, "block": block, "max_tokens": max_tokens}
+            given |= {"trim": trim, "prune": prune, "top_k": top_k, "max_bytes": max_bytes}
             given |= {"slab_blocks": slab_blocks, "strict": strict, "artefact": artefact}
             given |= {"unsupported": unsupported}
             given |= {"graphs": graphs}
@@ -274,6 +284,10 @@ class FoldedCache(DynamicCache):
                 max_tokens=max_tokens,
                 slab_blocks=slab_blocks,
                 graphs=graphs,
+                trim=trim,
+                prune=prune,
+                top_k=top_k,
+                max_bytes=max_bytes,
                 strict=strict,
                 artefact=artefact,
                 unsupported=unsupported,
@@ -326,6 +340,7 @@ class FoldedCache(DynamicCache):
             config.block,
             config.slab_blocks,
             config.max_tokens or limit,
+            config.budget(),
         )
         self.step: Step | None = None
         #: numbers on the device while a pass is recorded as a graph
@@ -341,6 +356,12 @@ class FoldedCache(DynamicCache):
         if wanted is None:
             wanted = next(model.parameters()).device.type == "cuda"
         self.graphs = Graphs(self, model) if wanted and not self._bypass else None
+        if config.evicts and (self._hooks is None or not self._hooks.reads_codes):
+            raise UnsupportedError(
+                f"{type(model).__name__} does not call attention through transformers' interface, "
+                "so it cannot leave tokens out: trim, prune, top_k and max_bytes need a model that "
+                "does"
+            )
 
     def _set_layers(self) -> None:
         super().__init__(config=self._model_config)
@@ -423,6 +444,7 @@ class FoldedCache(DynamicCache):
         valid = None if attention_mask is None else attention_mask.bool()
         if position_ids is None and valid is not None:
             position_ids = (valid.long().cumsum(1) - 1).clamp_min(0)
+        new._fit(rows)
         step = new.timeline.plan(rows, slots, valid, position_ids)
         new.step = step
         for index, (target, source) in enumerate(zip(new.layers, filled, strict=True)):
@@ -477,7 +499,8 @@ class FoldedCache(DynamicCache):
 
     def _next_token(self) -> Step:
         first, lengths = torch.tensor(self.timeline.first), torch.tensor(self.timeline.lengths)
-        return self.timeline.plan(self.timeline.rows, 1, None, (first + lengths)[:, None])
+        positions = (first + lengths)[:, None]
+        return self.timeline.plan(self.timeline.rows, 1, None, positions, self._worth)
 
     def end_token(self, step: Step, outcome: Literal["done", "dropped", "failed"] = "done") -> None:
         """Commit what `begin_token` planned, or let it go: dropped as if it had not begun."""
@@ -529,7 +552,41 @@ class FoldedCache(DynamicCache):
                 self.late.note(mask, positions, length, first + length - 1)
                 return
             self._check_length(slots + queries, positions)
-            self.step = self.timeline.plan(rows, queries, valid, positions)
+            self._fit(rows)
+            self.step = self.timeline.plan(rows, queries, valid, positions, self._worth)
+
+    def _fit(self, rows: int) -> None:
+        """Before a batch's first pass: how many pages `max_bytes` has room for.
+
+        Raises:
+            CacheError: not even the sinks, the window, the tables and one page a row fit.
+        """
+        if self.config.max_bytes is None or self.timeline.rows:
+            return
+        stores = [layer.bind(torch.device("cpu"), self.dtype) for layer in self.folded_layers]
+        exact = sum(s.exact_nbytes(rows, self.dtype) for s in stores)
+        tables = _nbytes(_tensors([[s.key, s.value] for s in stores]))
+        page = sum(s.layout.nbytes + s.mass_nbytes for s in stores)
+        total = (self.config.max_bytes - exact - tables) // page
+        if total < rows:
+            raise CacheError(
+                f"max_bytes ({self.config.max_bytes:,}) is too small for {rows} rows: sinks and "
+                f"window take {exact:,} bytes, tables {tables:,}, and one page a row "
+                f"{rows * page:,}; at least {exact + tables + rows * page:,} are needed"
+            )
+        self.timeline.budget = self.config.budget(total)
+
+    def _worth(self) -> list[float]:
+        """Mean attention mass of each page number over all layers, infinite where not yet seen."""
+        masses = [
+            layer.store.mass.double().cpu()
+            for layer in self.folded_layers
+            if layer.store is not None and layer.store.mass is not None
+        ]
+        if not masses:
+            return [math.inf] * self.timeline.num_pages
+        mass, queries = torch.stack(masses).sum(0).unbind(-1)
+        return torch.where(queries > 0, mass / queries, torch.inf).tolist()
 
     def _check_length(self, tokens: int, positions: Tensor | None) -> None:
         bounded = [layer for layer in self.folded_layers if layer.info.rope_limit is not None]
@@ -588,24 +645,24 @@ class FoldedCache(DynamicCache):
     def nbytes(self) -> dict[str, int]:
         """Every allocated byte by part; `sum(cache.nbytes().values())` is all of them.
 
-        `pages` (in use), `pool_unused` (reserved pages), `window` and `sinks` (exact), `tables`
+        `pages` (in use), `pool_unused` (reserved pages), `window` and `sinks` (exact), `mass`
+        (attention that pages got, where `prune` is set), `tables`
         (shared by all pages: rotations, codebooks, orders), `exact_layers` (not compressed). Forks
         share their pages, and each counts them.
         """
         parts: dict[str, int] = dict.fromkeys(
-            ("pages", "pool_unused", "window", "sinks", "tables", "exact_layers"), 0
+            ("pages", "pool_unused", "window", "sinks", "mass", "tables", "exact_layers"), 0
         )
         used = len(self.timeline.numbers.held)
-        seen: dict[int, int] = {}
+        tables: list[Tensor] = []
         for layer in self.layers:
             if not _is_folded(layer):
                 parts["exact_layers"] += sum(t.untyped_storage().nbytes() for t in _tensors(layer))
             elif layer.store is not None:
                 for part, size in layer.store.nbytes(used).items():
                     parts[part] += size
-                for t in _tensors([layer.store.key, layer.store.value]):
-                    seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        parts["tables"] = sum(seen.values())
+                tables += _tensors([layer.store.key, layer.store.value])
+        parts["tables"] = _nbytes(tables)
         return parts
 
     def uncompressed_nbytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -655,9 +712,11 @@ class FoldedCache(DynamicCache):
 
     def __repr__(self) -> str:
         c = self.config
+        names = ("trim", "prune", "top_k", "max_bytes")
+        budgets = "".join(f", {n}={getattr(c, n)}" for n in names if getattr(c, n) is not None)
         return (
             f"FoldedCache({c.preset_of(None).name!r}, sinks={c.sinks}, window={c.window}, "
-            f"block={c.block}{', bypass=True' if self._bypass else ''})"
+            f"block={c.block}{budgets}{', bypass=True' if self._bypass else ''})"
         )
 
     # --- what generation does to it ------------------------------------------------------------
@@ -689,6 +748,47 @@ class FoldedCache(DynamicCache):
             if layer.store is not None:
                 for row, block in reopened:
                     layer.store.reopen(row, block, tables[row][block])
+
+    def trim(self, tokens: int) -> None:
+        """Keep the newest `tokens` cold tokens of each row (whole pages) beside sinks and window.
+
+        Positions stay absolute; the sequence length, which is a count of slots, does not change.
+        """
+        self._evicting("trim")
+        self.timeline.trim(tokens // self.config.block)
+
+    def prune(self, tokens: int | None = None, *, nbytes: int | None = None) -> None:
+        """Keep the cold pages of each row that got most attention.
+
+        Args:
+            tokens: budget of a row in cold tokens (whole pages).
+            nbytes: budget of all rows in bytes of pages, in place of `tokens`.
+
+        Raises:
+            CacheError: the cache was made without `prune=`, so no attention was observed.
+        """
+        self._evicting("prune")
+        if self.config.prune is None:
+            raise CacheError(
+                "this cache does not observe attention; make it with prune= (a large budget "
+                "keeps everything until prune() is called)"
+            )
+        if (tokens is None) == (nbytes is None):
+            raise CacheError("give prune() a budget in tokens or in nbytes, one of them")
+        if tokens is None:
+            assert nbytes is not None
+            page = sum(s.store.layout.nbytes for s in self.folded_layers if s.store is not None)
+            tokens = nbytes // (page * self.timeline.rows) * self.config.block if page else 0
+        self.timeline.prune(tokens // self.config.block, self._worth())
+
+    def _evicting(self, operation: str) -> None:
+        if self._bypass or self._hooks is None or not self._hooks.reads_codes:
+            raise UnsupportedError(
+                f"{operation}() needs packed layers and a model that calls attention through "
+                "transformers' interface"
+            )
+        if self.step is not None:
+            raise CacheError(f"{operation}() in the middle of a forward pass")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row `beam_idx[i]`; pages are shared, never copied."""
@@ -779,6 +879,12 @@ def _with_way_out(error: UnsupportedError) -> UnsupportedError:
 
 def _is_folded(layer: Any) -> TypeGuard[FoldedLayer]:
     return isinstance(layer, FoldedLayer)
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each once."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def _ranges(indices: Sequence[int]) -> str:
