@@ -17,6 +17,7 @@ ROOMS = (
     "codec",
     "codecs",
     "encoding",
+    "sealed",
     "calibration",
     "cache",
     "attention",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvfold.cache.timeline import CacheError
     from kvfold.calibration.artefact import Artefact, CalibrationError
     from kvfold.integrations.describe import UnsupportedError
+    from kvfold.integrations.prefixes import PrefixStore
     from kvfold.integrations.routes import (
         RouteError,
         apply,
@@ -43,6 +44,7 @@ _LAZY = {
     "FoldedWarning": "kvfold.integrations.transformers",
     "LayerStates": "kvfold.integrations.states",
     "RouteError": "kvfold.integrations.routes",
+    "PrefixStore": "kvfold.integrations.prefixes",
     "UnsupportedError": "kvfold.integrations.describe",
     "apply": "kvfold.integrations.routes",
     "collect_kv": "kvfold.integrations.states",
@@ -63,6 +65,7 @@ __all__ = [
     "FoldedCache",
     "FoldedWarning",
     "LayerStates",
+    "PrefixStore",
     "Preset",
     "RouteError",
     "UnsupportedError",

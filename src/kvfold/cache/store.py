@@ -4,7 +4,7 @@ Appending costs the same at any length: a token goes into the ring of `window + 
 k in slot `(k - sinks) % size`), and when a block leaves the window it is coded once into a page.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.cache.numbers import Numbers
 from kvfold.cache.pool import Pool
-from kvfold.cache.timeline import Located, Step, Timeline, upload
+from kvfold.cache.timeline import CacheError, Located, Step, Timeline, upload
 from kvfold.codec import BoundCodec, CodecError, check_states, exact_math, page_layout
 
 #: elements of keys that one group of pages may decode to: the most extra memory of a walk.
@@ -462,6 +462,52 @@ class LayerStore:
                     held.copy_(chosen)  # in place, so that recorded graphs stay valid
                 else:
                     setattr(self, name, chosen)
+
+    def saved(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """What the layer holds, with these pages, on the CPU; nothing where it holds nothing."""
+        if not self.is_allocated:
+            return {}
+        pages = torch.zeros(0, self.layout.nbytes, dtype=torch.uint8)
+        if numbers:
+            pages = self.pool.gather(numbers).cpu()
+        parts = {"pages": pages, "keys": self.exact_keys.cpu(), "values": self.exact_values.cpu()}
+        if self.timeline.budget.prune is not None:
+            mass = torch.zeros(0, 2) if self.mass is None else self.mass[list(numbers)]
+            parts["mass"] = mass.cpu()
+        return parts
+
+    def restore(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Take what `saved` gave, once the timeline has been restored.
+
+        Raises:
+            CacheError: shapes or dtypes are not those of this layer and timeline.
+        """
+        step, device = self.timeline.now(), self.key.site.device
+        held = len(self.timeline.held)
+        slots = self.timeline.sinks + self.ring_len
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "pages": ((held, self.layout.nbytes), torch.uint8)
+        }
+        for name, site in (("keys", self.key.site), ("values", self.value.site)):
+            wanted[name] = ((step.rows, site.num_kv_heads, slots, site.head_dim), dtype)
+        if self.timeline.budget.prune is not None:
+            wanted["mass"] = ((held, 2), torch.float32)
+        found = {name: (tuple(t.shape), t.dtype) for name, t in parts.items()}
+        if found != wanted:
+            raise CacheError(
+                f"layer {self.key.site.layer} was saved as {found}; this model, preset and page "
+                f"format have {wanted}"
+            )
+        keys, values = parts["keys"].to(device), parts["values"].to(device)
+        self._allocate(keys, values, step)
+        self.exact_keys.copy_(keys)
+        self.exact_values.copy_(values)
+        self.pool.reserve(step.num_pages)
+        if held:
+            self.pool.write(range(held), parts["pages"].to(device))
+        self._reserve_mass(step)
+        if self.mass is not None:
+            self.mass[:held] = parts["mass"].to(device)
 
     def copied(self, timeline: Timeline) -> "LayerStore":
         """The same content with storage of its own, under another timeline; tables are shared."""

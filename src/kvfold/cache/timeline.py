@@ -16,11 +16,11 @@ All layers share one timeline: their pages have the same numbers in pools of the
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -226,6 +226,10 @@ class PageNumbers:
             self.num_pages += self.slab_pages
         taken, self.free = self.free[:count], self.free[count:]
         return taken
+
+
+#: what of a timeline is plain values and saved as it is.
+_PLAIN = ("slots", "lengths", "first", "runs", "pairs_read", "pairs_cold")
 
 
 class _Candidate(NamedTuple):
@@ -452,6 +456,33 @@ class Timeline:
     def compressed_share(self) -> float:
         """Share of the causal pairs of all queries that read the cache that came from codes."""
         return self.pairs_cold / self.pairs_read if self.pairs_read else 0.0
+
+    # --- files -----------------------------------------------------------------------------
+
+    def to_json(self) -> tuple[dict[str, Any], list[int]]:
+        """The state as plain values, its pages numbered from 0, and the numbers they had."""
+        numbers = sorted(self.held)
+        renamed = {DROPPED: DROPPED, **{old: new for new, old in enumerate(numbers)}}
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        plain["table"] = [[renamed[n] for n in row] for row in self.table]
+        return {**plain, "slab_pages": self.slab_pages}, numbers
+
+    def restore(self, data: Mapping[str, Any]) -> None:
+        """Take the state that `to_json` gave, into an empty timeline.
+
+        Raises:
+            CacheError: the values do not describe rows of pages.
+        """
+        for name in _PLAIN:
+            setattr(self, name, data[name])
+        self.runs = [[(at, token) for at, token in row] for row in data["runs"]]
+        self.table = [list(row) for row in data["table"]]
+        sizes = {len(x) for x in (self.lengths, self.first, self.runs, self.table)}
+        held = self.held
+        if sizes != {self.rows} or held != set(range(len(held))) or data["slab_pages"] < 1:
+            raise CacheError("the saved lengths, runs and page tables do not fit each other")
+        self._number(PageNumbers(data["slab_pages"]))
+        self.numbers.take(len(held))
 
     # --- operations on rows ----------------------------------------------------------------
 

@@ -9,32 +9,30 @@ Tensors are named `layers.{i}.{key|value}.{name}`. The metadata entry `kvfold` i
 tensor, so that a file in which any bit has changed is refused.
 """
 
-import hashlib
-import json
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from kvfold import sealed
 from kvfold.codec import Codec, Preset, Side
 
-#: version of the file; a reader refuses others.
-FORMAT = 1
 _NAME = re.compile(r"layers\.(\d+)\.(key|value)\.(\w+)")
 
 
 class CalibrationError(ValueError):
     """An artefact that cannot be read, or that was made for something else."""
+
+
+#: version of the file; a reader refuses others.
+FORMAT = 1
+KIND = sealed.Kind("artefact", "kvfold", FORMAT, CalibrationError)
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,7 @@ class Artefact:
     @property
     def digest(self) -> str:
         """sha256 over header and tensors, the artefact's identity."""
-        sha = hashlib.sha256(json.dumps(dict(self.header), sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name].contiguous()
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+        return sealed.digest(self.header, self.tensors)
 
     def at(self, layer: int, side: Side) -> dict[str, Tensor]:
         """The tables of one layer's keys or values by their short names, empty if it has none."""
@@ -124,22 +117,7 @@ class Artefact:
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        path = Path(path)
-        header = {**self.header, "sha256": self.digest}
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        data = save(tensors, metadata={"kvfold": json.dumps(header, sort_keys=True)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        sealed.write(Path(path), KIND, self.header, self.tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> "Artefact":
@@ -148,37 +126,7 @@ class Artefact:
         Raises:
             CalibrationError: it does not exist, is no artefact, is truncated or was changed.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise CalibrationError(f"no such artefact: {path}")
-        try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-            raise CalibrationError(
-                f"{path} is not a readable artefact, perhaps truncated: {error}"
-            ) from error
-        if "kvfold" not in metadata:
-            raise CalibrationError(
-                f"{path} is a safetensors file but no kvfold artefact: it has no 'kvfold' header"
-            )
-        try:
-            header = json.loads(metadata["kvfold"])
-            version, stated = header["format"], header.pop("sha256")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CalibrationError(f"the header of {path} is damaged: {error!r}") from error
-        if version != FORMAT:
-            raise CalibrationError(
-                f"{path} has artefact format {version}; this kvfold reads format {FORMAT}"
-            )
-        artefact = cls(header, tensors)
-        if artefact.digest != stated:
-            raise CalibrationError(
-                f"{path} is damaged: its contents do not match its sha256 ({stated[:16]}…); make "
-                "or fetch it again"
-            )
-        return artefact
+        return cls(*sealed.read(Path(path), KIND))
 
     @classmethod
     def find(cls, folder: str | Path, model_hash: str) -> Iterator["Artefact"]:

@@ -1,8 +1,6 @@
 """A report: rows of figures beside the conditions that they hold under, as JSON and as a table."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from kvfold.codec import CodecError, Preset, presets
+from kvfold.sealed import write_whole
 
 #: below this share of cold reads a fidelity figure says little about the code.
 QUOTABLE_SHARE = 0.9
@@ -86,18 +85,8 @@ class Report:
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write JSON beside its place and move it there, so that a file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_whole(Path(path), text.encode())
 
 
 def _caption(report: Report) -> str:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
 import torch
@@ -444,7 +445,7 @@ class FoldedCache(DynamicCache):
         valid = None if attention_mask is None else attention_mask.bool()
         if position_ids is None and valid is not None:
             position_ids = (valid.long().cumsum(1) - 1).clamp_min(0)
-        new._fit(rows)
+        new.fit(rows)
         step = new.timeline.plan(rows, slots, valid, position_ids)
         new.step = step
         for index, (target, source) in enumerate(zip(new.layers, filled, strict=True)):
@@ -552,10 +553,10 @@ class FoldedCache(DynamicCache):
                 self.late.note(mask, positions, length, first + length - 1)
                 return
             self._check_length(slots + queries, positions)
-            self._fit(rows)
+            self.fit(rows)
             self.step = self.timeline.plan(rows, queries, valid, positions, self._worth)
 
-    def _fit(self, rows: int) -> None:
+    def fit(self, rows: int) -> None:
         """Before a batch's first pass: how many pages `max_bytes` has room for.
 
         Raises:
@@ -613,6 +614,14 @@ class FoldedCache(DynamicCache):
         self.step = None
         for layer in self.folded_layers:
             layer.step = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the cache was made for."""
+        model = self._model()
+        if model is None:
+            raise CacheError("the model of this FoldedCache is gone")
+        return model
 
     # --- what it holds -------------------------------------------------------------------------
 
@@ -718,6 +727,42 @@ class FoldedCache(DynamicCache):
             f"FoldedCache({c.preset_of(None).name!r}, sinks={c.sinks}, window={c.window}, "
             f"block={c.block}{budgets}{', bypass=True' if self._bypass else ''})"
         )
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, token_ids: Sequence[int] | None = None) -> None:
+        """Write all that the cache holds into one file, whole or not at all (`integrations.saved`).
+
+        Args:
+            path: of the file.
+            token_ids: the tokens that were cached, for whoever looks the file up.
+
+        Raises:
+            CacheError: the cache is empty, or in the middle of a pass.
+            UnsupportedError: a layer keeps a state that cannot be saved.
+        """
+        from kvfold.integrations import saved
+
+        saved.save(self, Path(path), token_ids)
+
+    @classmethod
+    def load(
+        cls, model: nn.Module, path: str | Path, *, artefact: Artefact | str | None = None
+    ) -> "FoldedCache":
+        """A cache that was saved, also in another process: it goes on where it was.
+
+        Args:
+            model: the model it was made with.
+            path: of the file.
+            artefact: the calibration it was made with, where kvfold does not find it by itself.
+
+        Raises:
+            CacheError: damaged, truncated, of another version, another model or another dtype.
+            CodecError, CalibrationError: its codecs or its artefact are not those of this kvfold.
+        """
+        from kvfold.integrations import saved
+
+        return saved.load(cls, model, Path(path), artefact)
 
     # --- what generation does to it ------------------------------------------------------------
 
@@ -852,12 +897,9 @@ class FoldedCache(DynamicCache):
         memo: dict[int, Any],
     ) -> "FoldedCache":
         """A cache for the same model, under this timeline, with layers that `store` makes."""
-        model = self._model()
-        if model is None:
-            raise CacheError("the model of this FoldedCache is gone; it cannot be copied")
         if self.step is not None:
             raise CacheError("this FoldedCache is in the middle of a forward pass")
-        new = FoldedCache(model, self.config, bypass=self._bypass)
+        new = FoldedCache(self.model, self.config, bypass=self._bypass)
         new.timeline = timeline
         for index, layer in enumerate(self.layers):
             if not _is_folded(layer):
