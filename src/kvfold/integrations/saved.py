@@ -2,8 +2,8 @@
 
 A sealed file (`kvfold.sealed`) with the header `kvfold_cache`:
 
-    format, page_format, model_hash, model, dtype, config, codecs, artefact, timeline, exact, tokens,
-    sha256
+    format, page_format, model_hash, model, dtype, config, codecs, artefact, timeline, exact,
+    tokens, sha256
 
 `config` is `CacheConfig.to_json`, `codecs` what its names stood for, with the versions of their
 bytes, `artefact` the digest of the calibration, `timeline` the lengths,

@@ -565,9 +565,10 @@ class FoldedCache(DynamicCache):
         if self.config.max_bytes is None or self.timeline.rows:
             return
         stores = [layer.bind(torch.device("cpu"), self.dtype) for layer in self.folded_layers]
-        exact = sum(s.exact_nbytes(rows, self.dtype) for s in stores)
+        # 16 bytes a page and 128 a layer are more than the addresses of slabs take
+        exact = sum(s.exact_nbytes(rows, self.dtype) + 128 for s in stores)
         tables = _nbytes(_tensors([[s.key, s.value] for s in stores]))
-        page = sum(s.layout.nbytes + s.mass_nbytes for s in stores)
+        page = sum(s.layout.nbytes + s.mass_nbytes + 16 for s in stores)
         total = (self.config.max_bytes - exact - tables) // page
         if total < rows:
             raise CacheError(

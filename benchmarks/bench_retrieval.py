@@ -1,0 +1,135 @@
+"""Retrieval beyond the window, and KL, for presets and for trim, prune and top-k at budgets.
+
+    python benchmarks/bench_retrieval.py                          # CPU: 2k tokens, few questions
+    python benchmarks/bench_retrieval.py --full --device cuda     # 2k, 4k and 8k, every preset
+
+A prompt of random key-value lines (`kvfold.evaluation.retrieval`) is prefilled once with the stock
+cache and folded into each preset. Gate: the uncompressed model has to give back `--gate` of the
+digits, else a length is not measured. Modes are measured on exact pages (identity) and on
+`--with`, at 50, 25 and 10 % of the cold tokens: trim does not know the question,
+`prune` is called when the question has been read, `top_k` chooses again for each token. `text_kl`
+is KL(uncompressed || mode) on `--text` behind a prompt of the same length, step by step.
+Presets that need a calibration which is not at hand are named and left out.
+"""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+from common import load, parser, write
+from transformers import DynamicCache
+
+import kvfold
+from kvfold.evaluation.retrieval import Pairs, Score, ask, pairs
+
+BUDGETS = (0.5, 0.25, 0.1)
+#: a budget that keeps everything until prune() is called
+ALL = 1 << 30
+
+
+def prefilled(model, ids) -> DynamicCache:
+    """The stock cache of a prompt."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def text_kl(model, stock, folded, steps) -> float:
+    """Mean KL of the tokens `steps` `[1, n]` after a prompt, fed one at a time."""
+    stock = copy.deepcopy(stock)
+    kl = []
+    with torch.no_grad():
+        for step in steps.split(1, 1):
+            p, q = (
+                model(step, past_key_values=cache).logits[0, -1].float().log_softmax(-1)
+                for cache in (stock, folded)
+            )
+            kl.append((p.exp() * (p - q)).sum().item())
+    return sum(kl) / len(kl)
+
+
+def variants(presets: list[str], composed: str, cold: int, block: int):
+    """(preset, mode, budget, options of the cache, tokens to prune to)."""
+    for preset in presets:
+        yield preset, "all", 1.0, {}, None
+    for preset in ("identity", composed):
+        for budget in BUDGETS:
+            tokens = max(block, int(budget * cold) // block * block)
+            yield preset, "trim", budget, {"trim": tokens}, None
+            yield preset, "prune", budget, {"prune": ALL}, tokens
+            yield preset, "top_k", budget, {"top_k": tokens}, None
+
+
+def measure(model, args, asked: Pairs, stock, text, presets: list[str]):
+    """The rows of one prompt length; first the uncompressed one."""
+    tokens = asked.prompt.shape[1]
+    reference = ask(model, copy.deepcopy(stock), asked)
+    base = {"what": "retrieval", "tokens": tokens, "questions": len(asked.questions)}
+
+    def row(preset: str, mode: str, budget: float, score: Score, kl: float | str, held: int):
+        return base | {
+            "preset": preset,
+            "mode": mode,
+            "budget": budget,
+            "digits": round(score.digits, 4),
+            "pairs": round(score.pairs, 4),
+            "answer_kl": round(score.kl, 5),
+            "text_kl": kl,
+            "page_bytes": held,
+        }
+
+    yield row("uncompressed", "all", 1.0, reference, 0.0, 0)
+    if reference.digits < args.gate:
+        print(f"gate: {reference.digits:.3f} of the digits uncompressed, below {args.gate}")
+        return
+    block = 128
+    cold = max(0, tokens - 64 - 4) // block * block
+    for preset, mode, budget, options, prune in variants(presets, args.composed, cold, block):
+        try:
+            cache = kvfold.FoldedCache.from_cache(model, stock, preset, strict=True, **options)
+        except (kvfold.CodecError, kvfold.CalibrationError) as error:
+            print(f"left out: {preset}: {str(error)[:90]}")
+            continue
+        score = ask(model, cache, asked, reference, prune)
+        kl: float | str = ""
+        if text is not None and (mode != "all" or preset in ("identity", args.composed)):
+            behind, steps = text
+            if prune is not None:  # as decoding does it: at the next fold, from what it has seen
+                options = {"prune": prune}
+            folded = kvfold.FoldedCache.from_cache(model, behind, preset, **options)
+            kl = round(text_kl(model, behind, folded, steps), 5)
+        yield row(preset, mode, budget, score, kl, cache.nbytes()["pages"])
+
+
+def main() -> None:
+    """Measure each length, and write what there is after each."""
+    make = parser(__doc__, "retrieval.csv")
+    make.add_argument("--full", action="store_true", help="all lengths and every preset")
+    make.add_argument("--tokens", help="prompt lengths, comma separated")
+    make.add_argument("--questions", type=int, help="asked at once; 8 on a CPU, 32 with --full")
+    make.add_argument("--with", dest="composed", default="fisher3", help="preset beside identity")
+    make.add_argument("--gate", type=float, default=0.8)
+    make.add_argument("--text", type=Path, help="a text for text_kl; none without")
+    make.add_argument("--steps", type=int, default=160, help="of the text, scored one by one")
+    args = make.parse_args()
+    lengths = args.tokens or ("2000,4000,8000" if args.full else "2000")
+    presets = list(kvfold.presets()) if args.full else [*args.presets.split(","), "fisher3"]
+    model, tokenizer = load(args)
+    rows, start = [], time.perf_counter()
+    for tokens in map(int, lengths.split(",")):
+        asked = pairs(tokenizer, tokens, args.questions or (32 if args.full else 8))
+        stock = prefilled(model, asked.prompt.to(args.device))
+        text = None
+        if args.text is not None:
+            ids = tokenizer(args.text.read_text(), return_tensors="pt", verbose=False)["input_ids"]
+            ids = ids[:, : tokens + args.steps].to(args.device)
+            text = prefilled(model, ids[:, : -args.steps]), ids[:, -args.steps :]
+        rows += measure(model, args, asked, stock, text, presets)
+        write(args.out, rows, args)
+        print(f"{tokens} tokens: {time.perf_counter() - start:.0f} s so far")
+
+
+if __name__ == "__main__":
+    main()
