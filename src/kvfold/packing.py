@@ -23,6 +23,7 @@ Counts of columns may differ between heads.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -44,6 +45,8 @@ DIGITS = {
     8: (4, 4),
 }
 MAX_BITS = 8
+#: modules whose `pack` takes the place of `DigitPlan.pack`, by device type; imported when needed.
+PACKERS = {"cuda": "kvfold.kernels.triton.fold"}
 #: columns of keys that are stored together: what one matrix product contracts over.
 CHUNK = 16
 _WORD_BITS = 16
@@ -156,6 +159,8 @@ class DigitPlan:
 
     def pack(self, codes: Tensor, prefix: str = "digits") -> dict[str, Tensor]:
         """Codes `[blocks, heads, block_len, coordinates]` (integers) to the stored sections."""
+        if codes.device.type in PACKERS:  # the same words in one launch
+            return import_module(PACKERS[codes.device.type]).pack(self, codes, prefix)
         columns = self.to_columns(codes)
         stored, start = {}, 0
         for w in SECTIONS:

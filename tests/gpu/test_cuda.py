@@ -44,8 +44,8 @@ def test_bytes_equal_the_hosts_but_for_ties(name):
     torch.manual_seed(31)
     x, positions = torch.randn(6, 2, 128, 64), torch.arange(768).view(6, 128)
     for here, there in zip(bound(name, "cpu"), bound(name, "cuda"), strict=True):
-        host = here.layout.join(here.encode(x, positions))
-        device = there.layout.join(there.encode(x.cuda(), positions.cuda())).cpu()
+        host = LayerStore.encoded(here, x, positions)
+        device = LayerStore.encoded(there, x.cuda(), positions.cuda()).cpu()
         share = (host != device).float().mean().item()
         assert share < 0.002, share
 

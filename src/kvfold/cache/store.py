@@ -6,6 +6,7 @@ k in slot `(k - sinks) % size`), and when a block leaves the window it is coded 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from kvfold.codec import BoundCodec, CodecError, check_states, exact_math, page_
 
 #: elements of keys that one group of pages may decode to: the most extra memory of a walk.
 GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23, "mps": 1 << 21}
+
+#: modules that encode blocks of some codecs (`serves`) in fewer passes, by device type; the bytes
+#: are those of `BoundCodec.encode` but for ties. Imported when a device first needs them.
+ENCODERS = {"cuda": "kvfold.kernels.triton.fold"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Watch:
             check_states(x, what)
             return
         top = torch.empty((), dtype=x.dtype, pin_memory=True)
-        top.copy_(x.abs().amax(), non_blocking=True)
+        top.copy_(torch.stack(x.aminmax()).abs().amax(), non_blocking=True)  # NaN comes through
         event = torch.cuda.Event()
         event.record()
         self.pending.append((what, top, event))
@@ -326,6 +331,10 @@ class LayerStore:
     @exact_math
     def encoded(bound: BoundCodec, x: Tensor, positions: Tensor) -> Tensor:
         """Bytes `[blocks, nbytes]` of blocks `[blocks, heads, block, dim]`."""
+        if x.device.type in ENCODERS:
+            fast = import_module(ENCODERS[x.device.type])
+            if fast.serves(bound):
+                return fast.encoded(bound, x, positions)
         return bound.layout.join(bound.encode(x, positions))
 
     def _sources(self, step: Step, due: Sequence[tuple[int, int, int]]) -> "Sources":

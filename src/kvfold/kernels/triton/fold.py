@@ -1,0 +1,312 @@
+"""Folding on CUDA devices: affine codes in one pass over the states, digits packed in one launch.
+
+In torch a block of `fisher` is read and written about 150 times while its gains are searched, and
+mixed widths are packed head by head. Here `quantise_kernel` reads the states once and writes a byte
+a code and a byte a gain, and `pack_kernel` turns the codes of all heads and widths into words.
+Both give the bytes of the reference but where another order of a sum moves a tie.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvfold.codec import BoundCodec
+from kvfold.codecs.fisher import BoundFisher, BoundFisherKeys
+from kvfold.packing import CHUNK, SECTIONS, DigitPlan
+
+#: tokens of a program of `quantise_kernel`.
+TOKENS = 32
+
+
+# --- digits to words -------------------------------------------------------------------------
+
+
+@triton.jit
+def pack_kernel(
+    codes_ptr, columns_ptr, widths_ptr, out_ptr, out_words,
+    HEADS: tl.constexpr, B: tl.constexpr, D: tl.constexpr, U: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """CHUNK digit columns of one width of one block. Grid `(blocks, groups of columns)`.
+
+    Reads codes `[blocks, HEADS, B, D]` (a byte each), writes 16-bit words. `columns` has for each
+    column head, coordinate (-1: none), shift, first word and distance of its words.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    width = tl.load(widths_ptr + group)
+    words = B * width // 16
+    parts = 4 // width
+    c = tl.arange(0, CHUNK)
+    at = columns_ptr + (group * CHUNK + c) * 5
+    head = tl.load(at)
+    coordinate = tl.load(at + 1)
+    shift = tl.load(at + 2)
+    first = tl.load(at + 3)
+    stride = tl.load(at + 4)
+    u = tl.arange(0, U)
+    inside = (u < words)[:, None] & (coordinate >= 0)[None, :]
+    from_ptr = codes_ptr + block * (HEADS * B * D) + (head * (B * D) + coordinate)[None, :]
+    found = tl.zeros([U, CHUNK], tl.int32)
+    for j in tl.static_range(16):
+        token = ((j % 4) * parts + j // 4) * words + u
+        there = inside & (j * width < 16)
+        code = tl.load(from_ptr + token[:, None] * D, mask=there, other=0).to(tl.int32)
+        digit = (code >> shift[None, :]) & ((1 << width) - 1)
+        found |= tl.where(there, digit << (j * width), 0)
+    to_ptr = out_ptr + block * out_words + first[None, :] + u[:, None] * stride[None, :]
+    tl.store(to_ptr, found.to(tl.int16), mask=inside)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A plan's columns as `pack_kernel` reads them.
+
+    Args:
+        table: int32 `[groups * CHUNK, 5]`.
+        widths: int32 `[groups]`.
+        sizes: words of each stored section, by its width.
+    """
+
+    table: Tensor
+    widths: Tensor
+    sizes: dict[int, int]
+
+    @classmethod
+    def of(cls, plan: DigitPlan, device: torch.device) -> "Columns":
+        """The columns of every head and section, in groups of one width."""
+        rows: list[tuple[int, ...]] = []
+        widths: list[int] = []
+        sizes: dict[int, int] = {}
+        start = 0
+        for w in SECTIONS:
+            words, begin, section = plan.words(w), start, []
+            for h, head in enumerate(plan.heads):
+                count = len(head[w])
+                for i, column in enumerate(head[w]):
+                    first, stride = start + i * words, 1
+                    if plan.axis == "channel":
+                        low = i - i % CHUNK
+                        first, stride = start + low * words + i - low, min(CHUNK, count - low)
+                    section.append((h, column.coordinate, column.shift, first, stride))
+                start += count * words
+            if section:
+                sizes[w] = start - begin
+                groups = -(-len(section) // CHUNK)
+                rows += section + [(0, -1, 0, 0, 0)] * (groups * CHUNK - len(section))
+                widths += [w] * groups
+        table = torch.tensor(rows, dtype=torch.int32).view(-1, 5)
+        return cls(table.to(device), torch.tensor(widths, dtype=torch.int32).to(device), sizes)
+
+
+def pack(plan: DigitPlan, codes: Tensor, prefix: str = "digits") -> dict[str, Tensor]:
+    """What `DigitPlan.pack` gives: codes `[blocks, heads, block_len, coordinates]` to sections."""
+    cache = plan.__dict__.setdefault("_columns", {})
+    if codes.device not in cache:
+        cache[codes.device] = Columns.of(plan, codes.device)
+    columns: Columns = cache[codes.device]
+    blocks, heads, block_len, dim = codes.shape
+    total = sum(columns.sizes.values())
+    out = torch.empty(blocks, total, dtype=torch.int16, device=codes.device)
+    if total and blocks:
+        pack_kernel[(blocks, len(columns.widths))](
+            codes.to(torch.uint8).contiguous(), columns.table, columns.widths, out, total,
+            HEADS=heads, B=block_len, D=dim, U=triton.next_power_of_2(block_len // 4),
+            CHUNK=CHUNK, num_warps=4,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+    parts = out.split(list(columns.sizes.values()), 1)
+    return {f"{prefix}{w}": part for w, part in zip(columns.sizes, parts, strict=True)}
+
+
+# --- states to codes -------------------------------------------------------------------------
+
+
+@triton.jit
+def nearest(x):
+    """Round to the nearest integer, ties to even, |x| < 2^22: adding 1.5 * 2^23 leaves no bits."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def quantise_kernel(
+    x_ptr, matrix_ptr, mean_ptr, turn_ptr, mate_ptr, tables_ptr, gains_ptr, codes_ptr, bytes_ptr,
+    x_block, x_head, x_token, scaling,
+    HEADS: tl.constexpr, B: tl.constexpr, D: tl.constexpr, P_D: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr, RUN: tl.constexpr, TURN: tl.constexpr, TURN_MEAN: tl.constexpr,
+    SEARCH: tl.constexpr,
+):  # fmt: skip
+    """T tokens of one block and head. Grid `(blocks * HEADS, B / T)`; sums in float32.
+
+    y = A (R^-1 x - mean) for the tile and pre forms (TURN), A (x - R mean) for post (TURN_MEAN),
+    A (x - mean) for values. `turn` has cosine and signed sine of each RUN of tokens and channel,
+    `mean` a row for each token of a run (or one row), `tables` step, offset, top, share and cost
+    of each head and coordinate. Reads the states once, writes a byte a code and a byte a gain.
+    """
+    place = tl.program_id(0)
+    block = (place // HEADS).to(tl.int64)
+    head = place % HEADS
+    t = tl.program_id(1) * T + tl.arange(0, T)
+    n = tl.arange(0, P_D)
+    in_n = n < D
+    x_ptr += block * x_block + head * x_head
+    runs: tl.constexpr = B // RUN
+    turn_row = (block * runs + t // RUN) * (2 * D)
+    mean_row = head * (D if TURN_MEAN or not TURN else RUN * D)
+    y = tl.zeros([T, P_D], tl.float32)
+    for k0 in range(0, P_D, K):
+        k = k0 + tl.arange(0, K)
+        in_k = (k < D)[None, :]
+        x = tl.load(x_ptr + t[:, None] * x_token + k[None, :], mask=in_k, other=0.0)
+        x = x.to(tl.float32) / scaling
+        if TURN or TURN_MEAN:
+            mate = tl.load(mate_ptr + k, mask=k < D, other=0)
+            cos = tl.load(turn_ptr + turn_row[:, None] + k[None, :], mask=in_k, other=0.0)
+            sin = tl.load(turn_ptr + turn_row[:, None] + D + k[None, :], mask=in_k, other=0.0)
+        if TURN:
+            other = tl.load(x_ptr + t[:, None] * x_token + mate[None, :], mask=in_k, other=0.0)
+            x = x * cos + other.to(tl.float32) / scaling * sin
+            row = mean_row + (t % RUN) * D
+            x -= tl.load(mean_ptr + row[:, None] + k[None, :], mask=in_k, other=0.0)
+        else:
+            mean = tl.load(mean_ptr + mean_row + k, mask=k < D, other=0.0)
+            if TURN_MEAN:
+                other = tl.load(mean_ptr + mean_row + mate, mask=k < D, other=0.0)
+                x -= mean[None, :] * cos + other[None, :] * sin
+            else:
+                x -= mean[None, :]
+        matrix = tl.load(
+            matrix_ptr + (head * D + k[:, None]) * D + n[None, :],
+            mask=(k < D)[:, None] & in_n[None, :], other=0.0,
+        )  # fmt: skip
+        y = tl.dot(x, matrix, y, input_precision="ieee")
+    tables_ptr += head * D + n
+    step = tl.load(tables_ptr, mask=in_n, other=0.0)
+    offset = tl.load(tables_ptr + HEADS * D, mask=in_n, other=0.0)
+    top = tl.load(tables_ptr + 2 * HEADS * D, mask=in_n, other=0.0)
+    share = tl.load(tables_ptr + 3 * HEADS * D, mask=in_n, other=0.0)
+    cost = tl.load(tables_ptr + 4 * HEADS * D, mask=in_n, other=0.0)
+    divisor = tl.where(step > 0.0, step, 1.0)
+
+    rms = tl.sqrt(tl.sum(y * y * share[None, :], 1))
+    level = 16.0 * tl.log2(tl.maximum(rms, 1e-30)) + 128.0
+    start = nearest(tl.minimum(tl.maximum(level, -1.0), 256.0))
+    start = tl.minimum(tl.maximum(start, 0.0), 255.0).to(tl.int32)
+    best = start
+    least = tl.full([T], float("inf"), tl.float32)
+    for i in tl.static_range(2 * SEARCH + 1):
+        move = (i + 1) // 2 if i % 2 == 0 else -((i + 1) // 2)
+        tried = tl.where(start > 0, tl.minimum(tl.maximum(start + move, 1), 255), 0)
+        gain = tl.load(gains_ptr + tried)
+        z = y / tl.where(gain > 0.0, gain, 1.0)[:, None]
+        code = (z - offset[None, :]) / divisor[None, :]
+        code = nearest(tl.minimum(tl.maximum(code, -1.0), 256.0))
+        code = tl.minimum(tl.maximum(code, 0.0), top[None, :])
+        error = y - (code * step[None, :] + offset[None, :]) * gain[:, None]
+        total = tl.sum(error * error * cost[None, :], 1)
+        best = tl.where(total < least, tried, best)
+        least = tl.minimum(total, least)
+    gain = tl.load(gains_ptr + best)
+    z = y / tl.where(gain > 0.0, gain, 1.0)[:, None]
+    code = (z - offset[None, :]) / divisor[None, :]
+    code = nearest(tl.minimum(tl.maximum(code, -1.0), 256.0))
+    code = tl.minimum(tl.maximum(code, 0.0), top[None, :])
+    at = place.to(tl.int64) * (B * D) + t[:, None] * D + n[None, :]
+    tl.store(codes_ptr + at, code.to(tl.int32).to(tl.uint8), mask=in_n[None, :])
+    tl.store(bytes_ptr + place.to(tl.int64) * B + t, best.to(tl.uint8))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What `quantise_kernel` reads of a layer's codec besides its matrix.
+
+    Args:
+        tables: `[5, heads, dim]` step, offset, top, share, cost.
+        mean: `[heads, run, dim]`, or `[heads, 1, dim]`.
+        mate: int32 `[dim]` the other channel of each RoPE pair; itself where none is.
+        frequency: `[dim]` radians per position, 0 where nothing turns.
+        sign: `[dim]` of the sine in R^-1.
+        run: tokens that turn together.
+        turns: what turns: the states back, the mean along, or nothing.
+    """
+
+    tables: Tensor
+    mean: Tensor
+    mate: Tensor
+    frequency: Tensor
+    sign: Tensor
+    run: int
+    turns: str
+
+    @classmethod
+    def of(cls, bound: BoundFisher) -> "Tables":
+        """The tables of a bound codec."""
+        heads, _, dim = bound.step.shape
+        device = bound.step.device
+        parts = (bound.step, bound.offset, bound.top, bound.share, bound.cost)
+        tables = torch.stack([part.expand(heads, 1, dim)[:, 0] for part in parts]).contiguous()
+        mate, frequency = torch.arange(dim), torch.zeros(dim)
+        sign = torch.zeros(dim)
+        run, turns, mean = 1, "nothing", bound.mean[:, None]
+        if isinstance(bound, BoundFisherKeys) and bound.rope.inv_freq:
+            pairs = len(bound.rope.inv_freq)
+            a = torch.arange(pairs) * (1 if bound.rope.pairs == "half" else 2)
+            b = a + (pairs if bound.rope.pairs == "half" else 1)
+            mate[a], mate[b] = b, a
+            frequency[a] = frequency[b] = torch.tensor(bound.rope.inv_freq, dtype=torch.float32)
+            sign[a], sign[b] = 1.0, -1.0
+            turns = "mean" if bound.form == "post" else "states"
+            if bound.form == "tile":
+                run, mean = bound.tile, bound.run_mean
+        return cls(
+            tables,
+            mean.contiguous(),
+            mate.to(torch.int32).to(device),
+            frequency.to(device),
+            sign.to(device),
+            run,
+            turns,
+        )
+
+    def turn(self, positions: Tensor) -> Tensor:
+        """Cosine and signed sine `[blocks, runs, 2, dim]`, in float32 as `Rope` computes them."""
+        angle = positions[:, :: self.run, None].float() * self.frequency
+        # states are turned back, the mean is turned on
+        sign = self.sign if self.turns == "states" else -self.sign
+        return torch.stack((angle.cos(), angle.sin() * sign), 2).contiguous()
+
+
+_TABLES: "WeakKeyDictionary[BoundFisher, Tables]" = WeakKeyDictionary()
+
+
+def serves(bound: BoundCodec) -> bool:
+    """Whether `encoded` gives this codec's bytes."""
+    return isinstance(bound, BoundFisher) and bound.site.block_len % TOKENS == 0
+
+
+def encoded(bound: BoundFisher, x: Tensor, positions: Tensor) -> Tensor:
+    """Bytes `[blocks, nbytes]` of states `[blocks, heads, block_len, dim]`, as `encode` gives them.
+
+    Args:
+        bound: a codec that `serves` names.
+        x: states on the device, channels side by side.
+        positions: `[blocks, block_len]`.
+    """
+    if bound not in _TABLES:
+        _TABLES[bound] = Tables.of(bound)
+    tables = _TABLES[bound]
+    blocks, heads, block_len, dim = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    turn = tables.turn(positions) if tables.turns != "nothing" else tables.tables
+    codes = torch.empty(blocks, heads, block_len, dim, dtype=torch.uint8, device=x.device)
+    gain = torch.empty(blocks, heads, block_len, dtype=torch.uint8, device=x.device)
+    quantise_kernel[(blocks * heads, block_len // TOKENS)](
+        x, bound.forward, tables.mean, turn, tables.mate, tables.tables, bound.gains, codes, gain,
+        x.stride(0), x.stride(1), x.stride(2), getattr(bound, "scaling", 1.0),
+        HEADS=heads, B=block_len, D=dim, P_D=triton.next_power_of_2(dim), T=TOKENS, K=16,
+        RUN=tables.run, TURN=tables.turns == "states", TURN_MEAN=tables.turns == "mean",
+        SEARCH=bound.codec.search, num_warps=4,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return bound.layout.join({**pack(bound.plan, codes), "gain": gain})
