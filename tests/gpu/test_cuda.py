@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kvfold
+from kvfold.attention import paged, workspace
 from kvfold.attention.oracle import oracle
 from kvfold.attention.paged import attend
 from kvfold.cache.store import LayerStore
@@ -61,6 +62,20 @@ def test_attention_equals_the_oracle(name, dtype):
     found, wanted = attend(q, view, scaling=0.125), oracle(q, view, scaling=0.125)
     worst = ((found - wanted).norm() / wanted.norm()).item()
     assert worst < 1e-5, worst
+
+
+@pytest.mark.parametrize("name", ["int8", "kivi4-g32", "fisher2"])
+def test_a_long_pass_over_packed_history_equals_the_oracle(name):
+    """Pages are decoded into a bfloat16 workspace: the error is that of bfloat16 states."""
+    torch.manual_seed(33)
+    store = LayerStore(*bound(name, "cuda", dtype=torch.bfloat16), Timeline(4, 64, 128))
+    keys, values = torch.randn(2, 2, 2, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    view = feed(store, keys, values, [700, 300])
+    q = torch.randn(2, 8, 300, 64, device="cuda", dtype=torch.bfloat16)
+    assert workspace.serves(q, view, None, paged.LONG)
+    found, wanted = attend(q, view, scaling=0.125), oracle(q, view, scaling=0.125)
+    worst = ((found - wanted).norm() / wanted.norm()).item()
+    assert worst < 0.01, worst
 
 
 def test_generate_on_the_device():

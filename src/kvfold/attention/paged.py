@@ -7,11 +7,14 @@ pages, and codes that attention can read (see `kvfold.codec`) are not decoded at
 import torch
 from torch import Tensor
 
+from kvfold.attention import workspace
 from kvfold.cache.store import Pages, View
 from kvfold.codec import BoundCodec, Query, Reading, Total, exact_math
 
 #: elements of scores at a time: long passes over packed history go in chunks of queries.
 SCORE_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+#: queries a row up to which reading codes is less work than decoding pages for them.
+LONG = 16
 
 
 def score(query: Query, reading: Reading) -> Tensor:
@@ -78,8 +81,11 @@ def attend(
     rows, query_heads, queries, _ = q.shape
     budget = SCORE_ELEMENTS.get(q.device.type, 1 << 23)
     chunk = max(1, budget // (rows * query_heads * max(view.tokens.shape[1], view.store.ring_len)))
+    cold = None
+    if workspace.serves(q, view, softcap, LONG):
+        cold = workspace.attend(q, view, scaling)
     out = [
-        _attend(q[:, :, a : a + chunk], view, a, scaling, softcap, sink_logits, budget)
+        _attend(q[:, :, a : a + chunk], view, a, scaling, softcap, sink_logits, budget, cold)
         for a in range(0, queries, chunk)
     ]
     return out[0] if len(out) == 1 else torch.cat(out, 2)
@@ -93,8 +99,9 @@ def _attend(
     softcap: float | None,
     sink_logits: Tensor | None,
     budget: int,
+    cold: "workspace.Cold | None",
 ) -> Tensor:
-    """`attend` for the queries from `start` on, as many as `q` has."""
+    """`attend` for the queries from `start` on, as many as `q` has; `cold` has been read before."""
     store = view.store
     rows, query_heads, queries, _ = q.shape
     query_tokens = view.query_tokens[:, start : start + queries]
@@ -123,15 +130,22 @@ def _attend(
         norm = norm + (extra - top).exp()
     out = p @ view.values.float()
 
+    is_query = (query_tokens >= 0).repeat(1, group)[:, None, :, None]
+    if cold is not None:
+        found, lse = cold.of(start, start + queries)
+        lse = lse.masked_fill(~is_query, -torch.inf)
+        higher = torch.maximum(top, lse)
+        shrink, weight = (top - higher).exp(), (lse - higher).exp()
+        out, norm, top = out * shrink + found * weight, norm * shrink + weight, higher
+    done = 0 if cold is None else cold.pages
     most = view.on(q.device).table.shape[1] if any(view.folded) else 0
     seen_by: list[tuple[Tensor, Tensor]] = []  # weights of pages, and the top they are below
-    if most:
+    if most > done:
         fitting = budget // (s[..., 0].numel() * store.timeline.block)
         step = max(1, min(store.group_blocks(rows), fitting))
         total: Total | None = None
-        is_query = (query_tokens >= 0).repeat(1, group)[:, None, :, None]
         shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
-        for low in range(0, most, step):
+        for low in range(done, most, step):
             pages = store.pages(view, low, min(low + step, most))
             s = cap(page_scores(q, shared, store.key, pages))  # [rows, blocks, heads, M, B]
             s = s.masked_fill(~pages.valid[:, :, None, None, None], -torch.inf)
