@@ -20,7 +20,7 @@ OUT := build/demo
 HOOKED := kvfold.codecs,kvfold.cache,kvfold.attention,beartype.beartype
 
 .DELETE_ON_ERROR:
-.PHONY: demo test nightly lint format clean
+.PHONY: demo test nightly gpu lint format clean
 
 demo: $(VENV)/.stamp-demo $(OUT)/prompt.txt $(OUT)/text.txt
 	$(BIN)/kvfold generate --model $(MODEL) --preset $(PRESET) --prompt-file $(OUT)/prompt.txt \
@@ -35,6 +35,13 @@ test: lint
 # every preset on three versions of transformers; 10,000 random operations a preset; an hour or two
 nightly: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/nightly.py --steps $(STEPS) -- -n $(WORKERS)
+
+# on a machine with a CUDA device: its tests, memory checked in one of them, a whole model timed
+gpu:
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
+	    "tests/gpu/test_graphs.py::test_replayed_tokens_and_pages_are_the_eager_ones[kivi4-g32-True]"
+	$(BIN)/python benchmarks/bench_model_cuda.py --seconds 240
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

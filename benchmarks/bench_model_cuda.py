@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, write
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.models.llama import modeling_llama
 
 import kvfold
@@ -292,11 +292,37 @@ def folding(model: Any, preset: str, rows: int, device: str) -> list[dict]:
         store.encoded(store.key, x, at)
         store.encoded(store.value, x, at)
 
-    fold()
-    found = [{"what": "fold_layer_eager", **timed(fold, device, 1.0)}]
-    if device == "cuda":
-        found.append({"what": "fold_layer_graph", **timed(captured(fold), device, 1.0)})
+    def reference() -> None:
+        for bound in (store.key, store.value):
+            bound.layout.join(bound.encode(x, at))
+
+    found = []
+    for name, run in (("fold_layer", fold), ("fold_layer_reference", reference)):
+        run()
+        found.append({"what": name, "graphs": False, **timed(run, device, 1.0)})
+        if device == "cuda":
+            found.append({"what": name, "graphs": True, **timed(captured(run), device, 1.0)})
     return found
+
+
+def chunk(model: Any, preset: str, tokens: int, queries: int, device: str) -> dict:
+    """A pass of `queries` tokens over packed history, and over the stock cache's."""
+    ids = torch.randint(0, model.config.vocab_size, (1, queries), device=device)
+    stock_cache = DynamicCache(config=model.config)
+    shape = (1, model.config.num_key_value_heads, tokens, model.config.head_dim)
+    for i in range(model.config.num_hidden_layers):
+        states = torch.randn(shape, device=device).to(model.dtype)
+        stock_cache.update(states, states, i)
+    found = {}
+    caches = {"stock_ms": stock_cache, "median_ms": folded(model, preset, 1, tokens, False, device)}
+    with torch.inference_mode():
+        for name, cache in caches.items():
+
+            def run(cache: Any = cache) -> None:
+                model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+
+            found[name] = sorted(timed_once(run, device) for _ in range(3))[1]
+    return {**found, "queries": queries}
 
 
 def prefill(model: Any, preset: str, tokens: int, device: str) -> dict:
@@ -310,8 +336,6 @@ def prefill(model: Any, preset: str, tokens: int, device: str) -> dict:
     def run(cache: Any) -> None:
         with torch.inference_mode():
             model(ids, past_key_values=cache, logits_to_keep=1)
-
-    from transformers import DynamicCache
 
     run(kvfold.FoldedCache(model, chosen))
     base = timed(lambda: run(DynamicCache(config=model.config)), device, 2.0)
@@ -328,7 +352,7 @@ def main() -> None:
     make = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     make.add_argument("--presets", default="fisher2,turboquant4")
     make.add_argument("--shapes", default=",".join(f"{b}x{n}" for b, n in SHAPES))
-    make.add_argument("--parts", default="fold,stock,packed,prefill")
+    make.add_argument("--parts", default="fold,stock,packed,prefill,chunk")
     make.add_argument("--seconds", type=float, default=150.0, help="parts after it are not run")
     make.add_argument("--small", action="store_true", help="two narrow layers, to try it out")
     make.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -380,6 +404,10 @@ def main() -> None:
             if "prefill" in parts:
                 t = 512 if args.small else 8192
                 part("prefill", lambda p=p, t=t: prefill(model, p, t, on), preset=p, rows=1)
+            if "chunk" in parts:
+                t, n = (1024, 128) if args.small else (32_768, 2048)
+                about = {"rows": 1, "tokens": t, "filled": "synthetic"}
+                part("chunk", lambda a=(p, t, n): chunk(model, *a, on), preset=p, **about)
     base: dict[tuple[Any, ...], float] = {}
     c = model.config
     for row in rows:
