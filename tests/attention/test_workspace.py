@@ -17,9 +17,11 @@ def read(monkeypatch):
     found = []
     pages = LayerStore.pages
 
-    def counted(self, view, low, high):
-        found.append((low, high))
-        return pages(self, view, low, high)
+    def counted(self, view, count, low=0, high=None):
+        for group in pages(self, view, count, low, high):
+            found.append((low, low + group.valid.shape[1]))
+            low = found[-1][1]
+            yield group
 
     monkeypatch.setattr(workspace, "DEVICES", {"cpu"})
     monkeypatch.setattr(LayerStore, "pages", counted)

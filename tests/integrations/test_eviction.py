@@ -175,3 +175,11 @@ def test_what_cannot_be_left_out_is_said(llama, prompt):
     with pytest.raises(CacheError, match="needs tokens 36 to 39 of row 0, which were dropped"):
         cache.crop(40)
     assert "trim=32" in repr(cache)
+
+
+def test_offload_on_the_cpu_changes_nothing_and_says_so(llama, prompt):
+    parts = [200] + [1] * 30
+    cache = FoldedCache(llama, "turboquant4", offload=True, strict=True, **SMALL)
+    found = run(llama, prompt, cache, parts)
+    assert torch.equal(found, run(llama, prompt, FoldedCache(llama, "turboquant4", **SMALL), parts))
+    assert "offload: nothing to move (no GPU)" in cache.summary()

@@ -18,6 +18,9 @@ MAX_QUERIES = 8
 #: with `prune=`, one-token steps in which the page walk notes what pages are looked at.
 OBSERVE_EVERY = 16
 OBSERVED = "the attention mass of pages is observed"
+OFFLOADED = "pages lie in CPU memory"
+#: reasons that the user's own options give: nothing to warn of.
+CHOSEN = (OBSERVED, OFFLOADED)
 
 
 @runtime_checkable
@@ -61,6 +64,8 @@ def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
     name = KERNELS.get(q.device.type)
     if name is None:
         return None, f"no kernel for {q.device.type}"
+    if view.store.pool.is_offloaded:
+        return None, OFFLOADED
     if observes(view):
         return None, OBSERVED
     kernel: Kernel = import_module(name)  # type: ignore[assignment]
@@ -95,6 +100,6 @@ def attend(
     if kernel is not None:
         return kernel.attend(q, view, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
     fast_device = q.device.type in KERNELS and q.shape[2] <= MAX_QUERIES and any(view.folded)
-    if say is not None and fast_device and reason != OBSERVED:
+    if say is not None and fast_device and reason not in CHOSEN:
         say("slow path", f"attention on packed pages runs in plain torch: {reason}")
     return paged.attend(q, view, scaling=scaling, softcap=softcap, sink_logits=sink_logits)

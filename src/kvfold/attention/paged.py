@@ -145,8 +145,7 @@ def _attend(
         step = max(1, min(store.group_blocks(rows), fitting))
         total: Total | None = None
         shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
-        for low in range(done, most, step):
-            pages = store.pages(view, low, min(low + step, most))
+        for pages in store.pages(view, step, done):
             s = cap(page_scores(q, shared, store.key, pages))  # [rows, blocks, heads, M, B]
             s = s.masked_fill(~pages.valid[:, :, None, None, None], -torch.inf)
             s = s.masked_fill(~is_query[:, None], -torch.inf)

@@ -56,11 +56,8 @@ def weights(q: Tensor, view: View, scaling: float) -> Tensor:
     q = q.float().reshape(rows, heads, query_heads // heads, dim) * scaling
     skipped = trailing(store.key)
     shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
-    most = view.on(q.device).table.shape[1]
-    step = store.group_blocks(rows)
     parts = []
-    for low in range(0, most, step):
-        pages = store.pages(view, low, min(low + step, most))
+    for pages in store.pages(view, store.group_blocks(rows)):
         coarse = {name: field for name, field in pages.keys.items() if name not in skipped}
         s = page_scores(q, shared, store.key, replace(pages, keys=coarse)).logsumexp(-1)
         parts.append(s.masked_fill(~pages.valid[:, :, None, None], -torch.inf))

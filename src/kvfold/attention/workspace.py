@@ -71,8 +71,7 @@ def attend(q: Tensor, view: View, scaling: float) -> Cold:
     q = q.reshape(rows, heads, query_heads // heads * queries, dim)
     step = store.group_blocks(rows)
     out = lse = None
-    for low in range(0, pages, step):
-        group = store.pages(view, low, min(low + step, pages))
+    for group in store.pages(view, step, high=pages):
         keys, values = (
             bound.decode(fields, group.positions)
             .to(q.dtype)

@@ -39,6 +39,9 @@ class CacheConfig:
         max_bytes: bytes of the compressed layers, tables, sinks and window included. What does not
             fit loses its cold pages, those with the least attention first where it is known
             (`prune`), else the oldest; a budget below what has to be held is refused at once.
+        offload: keep cold pages in pinned CPU memory and stream them to the GPU while attention
+            reads them, the next group of pages on its way meanwhile. Kernels read device memory, so
+            the page walk in torch attends. On a model that runs on the CPU it changes nothing.
         strict: raise where a slow or decoding path would be taken; else one warning names it.
         artefact: calibration for codecs that use one.
         unsupported: what to do with a model that has no layer to compress (latent attention,
@@ -59,6 +62,7 @@ class CacheConfig:
     prune: int | None = None
     top_k: int | None = None
     max_bytes: int | None = None
+    offload: bool = False
     strict: bool = False
     artefact: "Artefact | None" = field(default=None, repr=False)
     unsupported: str = "refuse"
@@ -114,7 +118,7 @@ class CacheConfig:
             None if tokens is None else tokens // self.block
             for tokens in (self.trim, self.prune, self.top_k)
         )
-        return Budget(trim, prune, top_k, total)
+        return Budget(trim, prune, top_k, total, self.offload)
 
     def check_artefact(self, model_hash: Callable[[], str]) -> None:
         """Raise unless calibrated presets have an artefact, and it is the model's.

@@ -1,6 +1,7 @@
 """Append-only pages in slabs of fixed size and fixed address."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,21 @@ class Pool:
 
     It grows by whole slabs and never moves a page, so that memory is never held twice and device
     addresses stay valid.
+
+    Args:
+        page_bytes: bytes of a page.
+        slab_pages: pages of a slab.
+        device: where pages are read.
+        offload: keep them in pinned CPU memory and bring them when they are read; on the CPU itself
+            that is where they are anyway.
     """
 
-    def __init__(self, page_bytes: int, slab_pages: int, device: torch.device) -> None:
+    def __init__(
+        self, page_bytes: int, slab_pages: int, device: torch.device, offload: bool = False
+    ) -> None:
         self.page_bytes, self.slab_pages, self.device = page_bytes, slab_pages, device
+        self.is_offloaded = offload and device.type != "cpu"
+        self.home = torch.device("cpu") if self.is_offloaded else device
         self.slabs: list[Tensor] = []
         #: `[at least slabs]` int64 device address of each slab, for kernels; it is filled in place,
         #: and made anew (twice as long) only where it is full.
@@ -28,7 +40,10 @@ class Pool:
         held = len(self.slabs)
         with torch.inference_mode(False):
             while len(self.slabs) * self.slab_pages < pages:
-                self.slabs.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+                slab = torch.zeros(
+                    shape, dtype=torch.uint8, device=self.home, pin_memory=self.is_offloaded
+                )
+                self.slabs.append(slab)
             if len(self.slabs) > held:
                 self._note_addresses()
 
@@ -41,14 +56,43 @@ class Pool:
     def write(self, numbers: Sequence[int], pages: Tensor) -> None:
         """Store `pages` `[n, page_bytes]` under their numbers."""
         for slab, rows, at in self._by_slab(numbers):
-            self.slabs[slab][_index(rows, self.device)] = pages[at]
+            self.slabs[slab][_index(rows, self.home)] = pages[at].to(self.home)
 
     def gather(self, numbers: Sequence[int]) -> Tensor:
         """Pages `[n, page_bytes]` in the order of their numbers: a view where they lie in a row."""
+        if self.is_offloaded:
+            return self._brought(numbers)
         parts = [
-            self.slabs[slab][_index(rows, self.device)] for slab, rows, _ in self._by_slab(numbers)
+            self.slabs[slab][_index(rows, self.home)] for slab, rows, _ in self._by_slab(numbers)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def stream(self, groups: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """`gather` of one group after another; offloaded, the next is on its way meanwhile."""
+        if not self.is_offloaded:
+            yield from map(self.gather, groups)
+            return
+        side, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+
+        def start(numbers: Sequence[int]) -> tuple[Tensor, Any]:
+            with torch.cuda.stream(side):
+                return self._brought(numbers), side.record_event()
+
+        coming = start(groups[0]) if groups else None
+        for i in range(len(groups)):
+            assert coming is not None
+            pages, arrived = coming
+            here.wait_event(arrived)
+            pages.record_stream(here)  # made on the side stream, used on this one
+            coming = start(groups[i + 1]) if i + 1 < len(groups) else None
+            yield pages
+
+    def _brought(self, numbers: Sequence[int]) -> Tensor:
+        """Pages copied from pinned memory to the device, asynchronously where they lie in a row."""
+        pages = torch.empty(len(numbers), self.page_bytes, dtype=torch.uint8, device=self.device)
+        for slab, rows, at in self._by_slab(numbers):
+            pages[at].copy_(self.slabs[slab][_index(rows, self.home)], non_blocking=True)
+        return pages
 
     def _by_slab(self, numbers: Sequence[int]) -> list[tuple[int, list[int], slice]]:
         """Runs of numbers in the same slab: slab, rows in it, and their places in `numbers`."""

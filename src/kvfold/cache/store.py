@@ -4,7 +4,7 @@ Appending costs the same at any length: a token goes into the ring of `window + 
 k in slot `(k - sinks) % size`), and when a block leaves the window it is coded once into a page.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -239,7 +239,9 @@ class LayerStore:
         # not inference tensors: a prefix folded under inference_mode is continued elsewhere
         with torch.inference_mode(False):
             self.exact_keys, self.exact_values = empty(keys), empty(values)
-        self.pool = Pool(self.layout.nbytes, step.slab_pages, keys.device)
+        self.pool = Pool(
+            self.layout.nbytes, step.slab_pages, keys.device, self.timeline.budget.offload
+        )
         self.is_allocated = True
 
     def _reserve_mass(self, step: Step) -> None:
@@ -391,23 +393,35 @@ class LayerStore:
         """Blocks of `rows` rows that are read together."""
         page = self.key.site.num_kv_heads * self.key.site.block_len * self.key.site.head_dim
         limit = GROUP_ELEMENTS.get(self.ring_keys.device.type, 1 << 21)
+        if self.pool.is_offloaded:
+            limit //= 4  # groups enough that one is read while the next is on its way
         return max(1, limit // (page * rows))
 
-    def pages(self, view: View, low: int, high: int) -> Pages:
-        """Pages `low` to `high - 1` of every row of a view, unpacked to fields."""
+    def pages(
+        self, view: View, count: int, low: int = 0, high: int | None = None
+    ) -> Iterator[Pages]:
+        """Pages `low` to `high - 1` of a view, `count` of every row at a time, as fields."""
         device = self.ring_keys.device
         found = view.on(device).pages
-        filler = max(found, key=len)[0]  # stands where a row has fewer pages
-        parts = [row[low:high] + [filler] * (high - max(low, len(row))) for row in found]
-        has = [[i < len(row) for i in range(low, high)] for row in found]
-        keys, values = self.layout.split(self.pool.gather([n for row in parts for _, n in row]))
-        positions = torch.cat(
-            [
-                self._positions(first, torch.tensor([m for m, _ in row]))
-                for first, row in zip(view.step.first, parts, strict=True)
-            ]
-        )
-        return Pages(keys, values, positions.to(device), torch.tensor(has, device=device))
+        most = max(map(len, found)) if high is None else high
+        filler = max(found, key=len)[:1] * count  # stands where a row has fewer pages
+        groups = [
+            [(row[at : at + count] + filler)[: min(count, most - at)] for row in found]
+            for at in range(low, most, count)
+        ]
+        numbers = [[n for row in group for _, n in row] for group in groups]
+        for at, group, pages in zip(
+            range(low, most, count), groups, self.pool.stream(numbers), strict=True
+        ):
+            has = [[at + i < len(row) for i in range(len(group[0]))] for row in found]
+            keys, values = self.layout.split(pages)
+            positions = torch.cat(
+                [
+                    self._positions(first, torch.tensor([m for m, _ in row]))
+                    for first, row in zip(view.step.first, group, strict=True)
+                ]
+            )
+            yield Pages(keys, values, upload(positions, device), upload(torch.tensor(has), device))
 
     def _positions(self, first: int, blocks: Tensor) -> Tensor:
         """`[blocks, block]` RoPE positions of a row whose token 0 stands at `first`."""
@@ -522,9 +536,11 @@ class LayerStore:
         """The same content with storage of its own, under another timeline; tables are shared."""
         new = self.forked(timeline, torch.arange(timeline.rows))
         if self.is_allocated:
-            new.pool = Pool(self.pool.page_bytes, self.pool.slab_pages, self.pool.device)
-            new.pool.slabs = [slab.clone() for slab in self.pool.slabs]
-            new.pool._note_addresses()
+            pool = self.pool
+            new.pool = Pool(pool.page_bytes, pool.slab_pages, pool.device, pool.is_offloaded)
+            new.pool.reserve(len(pool.slabs) * pool.slab_pages)
+            for to, slab in zip(new.pool.slabs, pool.slabs, strict=True):
+                to.copy_(slab)
         return new
 
     def forked(self, timeline: Timeline, rows: Tensor) -> "LayerStore":

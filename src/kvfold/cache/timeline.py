@@ -43,7 +43,7 @@ class CacheError(ValueError):
 
 @dataclass(frozen=True)
 class Budget:
-    """How many pages are kept and read; None for all.
+    """How many pages are kept and read, None for all; and where they lie.
 
     Args:
         trim: pages of a row, the newest (StreamingLLM).
@@ -51,12 +51,14 @@ class Budget:
         top_k: pages of a row that a one-token step reads.
         total: pages of all rows together, shared ones counted once; those with the least attention
             go first where it is known, else the oldest.
+        offload: whether pages lie in CPU memory and are brought when they are read.
     """
 
     trim: int | None = None
     prune: int | None = None
     top_k: int | None = None
     total: int | None = None
+    offload: bool = False
 
 
 @dataclass(frozen=True)

@@ -231,8 +231,10 @@ def why_not(cache: "FoldedCache", model: nn.Module, kwargs: dict[str, Any]) -> s
         return f"the pass has the arguments {', '.join(given)}"
     if cache.bypass or len(cache.folded_layers) != len(cache.layers):
         return "layers that keep transformers' own cache have their lengths on the host"
-    if getattr(cache.config, "evicts", False):
+    if cache.config.evicts:
         return "pages are chosen or dropped while decoding (trim, prune, top_k, max_bytes)"
+    if cache.config.offload:
+        return "pages lie in CPU memory (offload)"
     if any(layer.info.rope_limit is not None for layer in cache.folded_layers):
         return "rotary frequencies change with the length"
     if getattr(model, "lm_head", None) is None or not reads_codes(decoder(model)):

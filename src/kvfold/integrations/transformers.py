@@ -218,6 +218,7 @@ class FoldedCache(DynamicCache):
         prune: cold tokens of a row that decoding keeps, those that got most attention.
         top_k: cold tokens of a row that a decoded token reads.
         max_bytes: bytes of the compressed layers.
+        offload: keep cold pages in CPU memory, streamed while a GPU reads them.
         strict: raise where a handle would be decoded; else one warning names the operator.
         artefact: an `Artefact` or the path of one; by default, for presets that require one, what
             `kvfold calibrate` left for this model or kvfold ships (the demo model's).
@@ -251,6 +252,7 @@ class FoldedCache(DynamicCache):
         prune: int | None = None,
         top_k: int | None = None,
         max_bytes: int | None = None,
+        offload: bool = False,
         strict: bool = False,
         artefact: Artefact | str | None = None,
         bypass: bool = False,
@@ -261,6 +263,7 @@ class FoldedCache(DynamicCache):
             given = {"keys": keys, "values": values, "overrides": overrides, "sinks": sinks}
             given |= {"window": window, "block": block, "max_tokens": max_tokens}
             given |= {"trim": trim, "prune": prune, "top_k": top_k, "max_bytes": max_bytes}
+            given |= {"offload": offload}
             given |= {"slab_blocks": slab_blocks, "strict": strict, "artefact": artefact}
             given |= {"unsupported": unsupported}
             given |= {"graphs": graphs}
@@ -289,6 +292,7 @@ class FoldedCache(DynamicCache):
                 prune=prune,
                 top_k=top_k,
                 max_bytes=max_bytes,
+                offload=offload,
                 strict=strict,
                 artefact=artefact,
                 unsupported=unsupported,
@@ -711,6 +715,13 @@ class FoldedCache(DynamicCache):
             lines.append(f"  exact (transformers' own classes): layers {_ranges(exact)}")
         if self.exact_because:
             lines.append(f"  nothing is compressed: {self.exact_because}")
+        if self.config.offload:
+            stores = [layer.store for layer in self.folded_layers if layer.store is not None]
+            moved = any(s.is_allocated and s.pool.is_offloaded for s in stores)
+            lines.append(
+                "  offload: "
+                + ("cold pages lie in pinned CPU memory" if moved else "nothing to move (no GPU)")
+            )
         held = sum(self.nbytes().values())
         whole = self.uncompressed_nbytes()
         if whole:
