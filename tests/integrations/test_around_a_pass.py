@@ -25,6 +25,7 @@ from kvfold.integrations.describe import UnsupportedError
 from kvfold.integrations.transformers import FoldedCache, FoldedWarning
 
 from .conftest import tiny_llama
+from .test_folded_cache import left_padded
 
 SMALL = {"hidden_size": 128, "vocab_size": 300, "pad_token_id": 0}
 
@@ -281,3 +282,23 @@ def test_long_second_turns_go_in_chunks_of_queries(prompt, monkeypatch):
             model(prompt, past_key_values=cache)
             found.append(model(prompt[:, :90], past_key_values=cache).logits)
     assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+def test_decode_steps_make_no_mask():
+    """Padding is not stored, so a token sees all that is cached; a mask would be read back."""
+    model = tiny_llama()
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            (kwargs["position_ids"].shape[1], kwargs["attention_mask"])
+        ),
+        with_kwargs=True,
+    )
+    prompt = torch.randint(3, 300, (2, 260), generator=torch.Generator().manual_seed(9))
+    mask = left_padded(prompt)
+    cache = FoldedCache(model, "int8")
+    more = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    model.generate(prompt, past_key_values=cache, **more)
+    assert [queries for queries, _ in seen] == [260, 1, 1, 1]
+    assert seen[0][1] is not None
+    assert all(made is None for _, made in seen[1:])

@@ -43,19 +43,19 @@ class Hooks:
 
         weakref.finalize(cache, close)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Plan the pass and switch the attention."""
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Plan the pass and switch the attention; gives the pass's arguments where they change."""
         cache = self.cache()
         if cache is None:
-            return
+            return None
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given.pop("kwargs", {}), **given}
         if given.get("past_key_values") is not cache or cache.bypass or cache.static is not None:
-            return  # passes that are recorded are planned before
+            return None  # passes that are recorded are planned before
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
-            return  # the model's own error is clearer
+            return None  # the model's own error is clearer
         if self.active == threading.get_ident():
             self.abort()  # Ctrl-C left the last pass without its after-hook
         rows, queries = tokens.shape[:2]
@@ -64,6 +64,12 @@ class Hooks:
         if self.reads_codes and cache.step is not None and not cache.step.is_first:
             SWITCH.take(self.configs)
             self.switched = True
+            # what is cached has been checked and padding is not stored: a token sees all of it.
+            # transformers would make a mask, and read it back from the device to do so
+            whole = len(cache.folded_layers) == len(cache.layers)
+            if queries == 1 and whole and kwargs.get("position_ids") is not None:
+                return args, {**kwargs, "attention_mask": None}
+        return None
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Restore the attention and commit the pass."""
