@@ -101,6 +101,25 @@ def test_a_wrong_mask_is_found_one_step_late(emulated) -> None:
         model(input_ids=prompt, past_key_values=cache)
 
 
+def test_a_pass_that_cannot_be_recorded_runs_eagerly(emulated, monkeypatch) -> None:
+    """As where a model reads a value back: CUDA refuses while recording."""
+
+    def record(self):
+        self.run()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs.Capture, "record", record)
+    model = tiny_llama()
+    prompt = torch.randint(3, 300, (2, 260), generator=torch.Generator().manual_seed(12))
+    eager = generate(model, prompt, kvfold.FoldedCache(model, "int8", graphs=False))
+    cache = kvfold.FoldedCache(model, "int8", graphs=True)
+    with pytest.warns(kvfold.FoldedWarning, match="cannot be recorded: operation not permitted"):
+        tokens = generate(model, prompt, cache)
+    assert torch.equal(tokens, eager)
+    assert "cannot be recorded" in cache.summary()
+    assert cache.graphs.replays == 0
+
+
 def test_forward_is_the_models_own_again() -> None:
     model = tiny_llama()
     caches = [kvfold.FoldedCache(model, "int8", graphs=True) for _ in range(2)]

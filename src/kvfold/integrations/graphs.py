@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kvfold.attention.dispatch import KERNELS
 from kvfold.cache.numbers import Numbers
 from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Step
@@ -199,7 +200,11 @@ class Graphs:
             capture = Capture(cache, self.gate.eager, tokens, room)
             capture.numbers.write(step, timeline)
             with _static(cache, capture.numbers, self.configs):
-                capture.record()
+                try:
+                    capture.record()
+                except RuntimeError as error:  # the model reads a value back, or memory is short
+                    first = str(error).strip().partition("\n")[0]
+                    raise UnsupportedError(f"a pass cannot be recorded: {first}") from error
             self.capture, self.shape = capture, shape
             self.captures += 1
         else:
@@ -220,13 +225,13 @@ def why_not(cache: "FoldedCache", model: nn.Module, kwargs: dict[str, Any]) -> s
     """Why a pass of one token a row cannot be a graph; None where it can."""
     tokens, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     if not capturable(tokens.device):
-        return f"the model is on {tokens.device.type}, and graphs are CUDA's"
+        return f"the model is on {tokens.device.type}, and graphs are CUDA's and need its kernel"
     if not any(cache.timeline.folded):
         return "nothing is packed yet"
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
         return "gradients are enabled; decode under torch.no_grad()"
     unknown = set(kwargs) - SERVED - INDIFFERENT
-    given = sorted(name for name in unknown if kwargs[name] not in (None, False))
+    given = sorted(n for n in unknown if kwargs[n] is not None and kwargs[n] is not False)
     if given:
         return f"the pass has the arguments {', '.join(given)}"
     if cache.bypass or len(cache.folded_layers) != len(cache.layers):
@@ -248,8 +253,8 @@ def why_not(cache: "FoldedCache", model: nn.Module, kwargs: dict[str, Any]) -> s
 
 
 def capturable(device: torch.device) -> bool:
-    """Whether passes on a device can be recorded."""
-    return device.type == "cuda"
+    """Whether passes on a device can be recorded: the page walk reads its page numbers back."""
+    return device.type == "cuda" and device.type in KERNELS
 
 
 @contextmanager
