@@ -64,7 +64,7 @@ def decode_then_sdpa(q, view, scaling, softcap=None, sink_logits=None):
         token[r, place] = torch.arange(len(place))
         token[r, place[~view.store.reads(view, r)]] = slots
     seen = token[:, None, None, :] <= view.query_tokens[:, None, :, None]
-    window = getattr(view, "sliding_window", None)
+    window = view.store.sliding_window
     if window is not None:
         seen &= token[:, None, None, :] > view.query_tokens[:, None, :, None] - window
     if softcap is None and sink_logits is None:

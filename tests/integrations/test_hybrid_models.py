@@ -5,11 +5,14 @@ gives on the states that its codes decode to. Which layers are compressed is ass
 for `make nightly`.
 """
 
+import copy
+
 import pytest
 import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -30,6 +33,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kvfold.cache.timeline import CacheError
+from kvfold.codec import CodecError
 from kvfold.integrations.describe import UnsupportedError
 from kvfold.integrations.transformers import FoldedCache
 
@@ -178,11 +183,93 @@ def test_codecs_past_the_window(models, prompt, name, preset, monkeypatch, recor
     assert worst < 1e-5, worst
 
 
-def test_mistral_with_a_sliding_window(prompt):
-    """Each of its layers slides: nothing is compressed unless that is asked for."""
+@pytest.fixture(scope="module")
+def mistral():
     torch.manual_seed(31)
-    model = MistralForCausalLM(MistralConfig(**small(sliding_window=WINDOW))).eval()
-    with pytest.raises(UnsupportedError, match=r"its layers are \['sliding_attention'\]"):
-        FoldedCache(model)
-    cache = FoldedCache(model, unsupported="exact")
-    assert torch.equal(generate(model, prompt, cache, 64), generate(model, prompt, None, 64))
+    return MistralForCausalLM(MistralConfig(**small(sliding_window=200))).eval()
+
+
+def test_mistral_with_a_sliding_window(mistral, prompt):
+    """Each of its layers slides: nothing is compressed unless that is asked for."""
+    with pytest.raises(UnsupportedError, match=r"\['sliding_attention'\].*sliding='folded'"):
+        FoldedCache(mistral)
+    cache = FoldedCache(mistral, unsupported="exact")
+    assert torch.equal(generate(mistral, prompt, cache, 64), generate(mistral, prompt, None, 64))
+
+
+# --- sliding layers folded -------------------------------------------------------------------
+
+SLIDING = ("mistral", "gemma2", "gemma3", "gpt-oss", "qwen3")
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_folded_sliding_layers_give_the_stock_tokens(models, mistral, prompt, name):
+    model = mistral if name == "mistral" else models(name)
+    cache = folded(model, "identity", window=16, block=32, sliding="folded")
+    assert len(cache.folded_layers) == 4
+    ours = generate(model, prompt, cache, 64)
+    assert torch.equal(ours, generate(model, prompt, None, 64))
+    assert cache.compressed_share() > 0.4
+
+
+@pytest.mark.parametrize("preset", LOSSY)
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt-oss"])
+def test_folded_sliding_layers_read_their_codes(models, mistral, prompt, name, preset, monkeypatch):
+    checked = Checked(monkeypatch)
+    model = mistral if name == "mistral" else models(name)
+    cache = folded(model, preset, window=64, block=64, sliding="folded")
+    generate(model, prompt, cache, 40)
+    with torch.no_grad():  # a turn of several tokens, and what a crop of less than a block leaves
+        mask = torch.ones(2, cache.get_seq_length() + 30, dtype=torch.long)
+        mask[0, :21] = 0
+        for part in (prompt[:, :30], prompt[:, :1]):
+            mask = mask[:, : cache.get_seq_length() + part.shape[1]]
+            at = (mask.cumsum(1) - 1)[:, -part.shape[1] :]
+            model(part, attention_mask=mask, position_ids=at, past_key_values=cache)
+            cache.crop(-25)
+    worst = checked.worst()
+    assert worst < 1e-5, worst
+
+
+def test_pages_behind_the_window_are_let_go_of(mistral, tmp_path):
+    """The pool of a sliding layer stays as large as its window, at any length."""
+    cache = folded(mistral, "int8", window=16, block=16, sliding="folded", slab_blocks=1)
+    ids = torch.randint(3, 300, (1, 1500), generator=torch.Generator().manual_seed(3))
+    held = []
+    with torch.no_grad():
+        for part in (ids[:, :700], *ids[:, 700:760].split(1, 1), *ids[:, 760:].split(70, 1)):
+            mistral(part, past_key_values=cache)
+            held.append(len(cache.layers[0].store.pool.places))
+        assert max(held) <= (200 + 16) // 16 + 6, max(held)
+        bytes_held = sum(cache.nbytes().values())
+        stock = mistral(ids[:, :1490], use_cache=False).logits[:, -1]
+        # back by a block is always possible, behind the window is not
+        with pytest.raises(CacheError, match="whose older pages are let go of; 16 tokens back"):
+            cache.crop(900)
+        cache.crop(1489)
+        ours = mistral(ids[:, 1489:1490], past_key_values=cache).logits[:, -1]
+        with pytest.raises(CacheError, match="sliding='folded' cannot be saved"):
+            cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(CodecError, match="exclude each other"):
+        FoldedCache(mistral, sliding="folded", trim=256)
+    assert cache.get_seq_length() == 1490
+    assert (ours - stock).abs().max() < 0.1
+    assert bytes_held == sum(cache.nbytes().values())
+
+
+def test_forks_of_folded_sliding_layers_keep_what_each_needs(mistral):
+    cache = folded(mistral, "identity", window=16, block=16, sliding="folded")
+    stock = DynamicCache(config=mistral.config)
+    ids = torch.randint(3, 300, (1, 900), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for c in (cache, stock):
+            mistral(ids[:, :300], past_key_values=c)
+        fork = cache.fork(2)
+        twin = copy.deepcopy(cache)
+        mistral(ids[:, 300:700], past_key_values=cache)  # lets go of what the fork still reads
+        stock.batch_repeat_interleave(2)
+        ours = mistral(ids[:, 700:703].expand(2, -1), past_key_values=fork).logits
+        theirs = mistral(ids[:, 700:703].expand(2, -1), past_key_values=stock).logits
+        assert (ours - theirs).abs().max() < 1e-4
+        third = mistral(ids[:, 700:703], past_key_values=twin).logits
+        assert (third - theirs[:1]).abs().max() < 1e-4

@@ -68,6 +68,8 @@ def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
         return None, OFFLOADED
     if observes(view):
         return None, OBSERVED
+    if view.store.sliding_window is not None:
+        return None, f"{name} knows no sliding window"
     kernel: Kernel = import_module(name)  # type: ignore[assignment]
     if view.has_holes and not getattr(kernel, "HOLES", False):
         return None, f"{name} reads no rows with dropped pages"

@@ -30,6 +30,8 @@ def oracle(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     seen = token[:, None, :] <= view.query_tokens[:, :, None]
+    if view.store.sliding_window is not None:
+        seen &= token[:, None, :] > view.query_tokens[:, :, None] - view.store.sliding_window
     s = s.masked_fill(~seen[:, None], -torch.inf)
     if sink_logits is not None:
         extra = sink_logits.float().view(1, -1, 1, 1).expand(rows, -1, queries, 1)

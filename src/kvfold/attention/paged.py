@@ -114,6 +114,9 @@ def _attend(
         return s if softcap is None else softcap * torch.tanh(s / softcap)
 
     seen = (view.tokens[:, None, :] >= 0) & (view.tokens[:, None, :] <= query_tokens[:, :, None])
+    window = store.sliding_window
+    if window is not None:
+        seen &= view.tokens[:, None, :] > query_tokens[:, :, None] - window
     seen = seen.repeat(1, group, 1)[:, None]  # [rows, 1, group * queries, exact]
     s = cap(q @ view.keys.float().mT).masked_fill(~seen, -torch.inf)
     top = s.amax(-1, keepdim=True)
@@ -144,11 +147,16 @@ def _attend(
         fitting = budget // (s[..., 0].numel() * store.timeline.block)
         step = max(1, min(store.group_blocks(rows), fitting))
         total: Total | None = None
+        first = torch.tensor(view.step.first, device=q.device)
         shared = None if store.key.page_query else store.key.query(q, {}, view.tokens[:0])
         for pages in store.pages(view, step, done):
             s = cap(page_scores(q, shared, store.key, pages))  # [rows, blocks, heads, M, B]
             s = s.masked_fill(~pages.valid[:, :, None, None, None], -torch.inf)
             s = s.masked_fill(~is_query[:, None], -torch.inf)
+            if window is not None:
+                tokens = pages.positions.unflatten(0, (rows, -1)) - first[:, None, None]
+                behind = tokens[:, :, None] <= (query_tokens - window)[:, None, :, None]
+                s = s.masked_fill(behind.repeat(1, 1, group, 1)[:, :, None], -torch.inf)
             higher = torch.maximum(top, s.amax((1, 4)).unsqueeze(-1))
             p = (s - higher[:, None]).exp()
             if store.mass is not None:

@@ -50,6 +50,7 @@ def serves(q: Tensor, view: View, softcap: float | None, least: int) -> bool:
         and q.shape[2] > least
         and softcap is None
         and store.mass is None
+        and store.sliding_window is None
         and len(dims) == 1
         and max(dims) <= MAX_HEAD_DIM
         and covered(view, q.device) > 0

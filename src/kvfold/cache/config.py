@@ -44,6 +44,8 @@ class CacheConfig:
             the page walk in torch attends. On a model that runs on the CPU it changes nothing.
         strict: raise where a slow or decoding path would be taken; else one warning names it.
         artefact: calibration for codecs that use one.
+        sliding: sliding-window layers are kept `"exact"` by transformers' own class, or `"folded"`:
+            packed like the others, pages behind the window dropped.
         unsupported: what to do with a model that has no layer to compress (latent attention,
             state spaces, cross-attention): `"refuse"` it by name, or keep it `"exact"`.
     """
@@ -66,10 +68,16 @@ class CacheConfig:
     strict: bool = False
     artefact: "Artefact | None" = field(default=None, repr=False)
     unsupported: str = "refuse"
+    sliding: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.unsupported not in ("refuse", "exact"):
-            raise CodecError(f"unsupported is {self.unsupported!r}; possible: 'refuse', 'exact'")
+        for name, possible in (
+            ("unsupported", ("refuse", "exact")),
+            ("sliding", ("exact", "folded")),
+        ):
+            if getattr(self, name) not in possible:
+                choices = ", ".join(map(repr, possible))
+                raise CodecError(f"{name} is {getattr(self, name)!r}; possible: {choices}")
         for name, least in (("sinks", 0), ("window", 1), ("block", 16), ("slab_blocks", 1)):
             if getattr(self, name) < least:
                 raise CodecError(f"{name} ({getattr(self, name)}) must be at least {least}")
@@ -79,6 +87,12 @@ class CacheConfig:
             given = getattr(self, name)
             if given is not None and given < least:
                 raise CodecError(f"{name} ({given}) must be at least {least}, or None for no limit")
+        if self.sliding == "folded" and (self.evicts or self.offload):
+            raise CodecError(
+                "sliding='folded' and a budget or offload (trim, prune, top_k, max_bytes) exclude "
+                "each other: "
+                "sliding layers let go of pages by themselves"
+            )
         for layer in (None, *self.overrides):
             preset = self.preset_of(layer)
             for side, codec in (("keys", preset.keys), ("values", preset.values)):

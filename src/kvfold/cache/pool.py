@@ -1,5 +1,6 @@
 """Append-only pages in slabs of fixed size and fixed address."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,6 +95,19 @@ class Pool:
             pages[at].copy_(self.slabs[slab][_index(rows, self.home)], non_blocking=True)
         return pages
 
+    def copied(self) -> "Pool":
+        """The same pages in storage of their own."""
+        new = copy.copy(self)
+        new.slabs, new.addresses = [], self.addresses.new_zeros(0)
+        Pool.reserve(new, len(self.slabs) * self.slab_pages)
+        for to, slab in zip(new.slabs, self.slabs, strict=True):
+            to.copy_(slab)
+        return new
+
+    def used(self, held: int) -> int:
+        """Pages in use, where rows hold `held` numbers."""
+        return held
+
     def _by_slab(self, numbers: Sequence[int]) -> list[tuple[int, list[int], slice]]:
         """Runs of numbers in the same slab: slab, rows in it, and their places in `numbers`."""
         runs: list[tuple[int, list[int], slice]] = []
@@ -105,6 +119,55 @@ class Pool:
             else:
                 runs.append((slab, [row], slice(place, place + 1)))
         return runs
+
+
+class WindowPool(Pool):
+    """Pages of a layer that reads only the last ones: a number has a place while it is kept.
+
+    Numbers are those of all layers, so most of them name no page here; the places of pages that
+    were let go of are used again, and the pool stays as large as the window.
+    """
+
+    def __init__(
+        self, page_bytes: int, slab_pages: int, device: torch.device, offload: bool = False
+    ) -> None:
+        super().__init__(page_bytes, slab_pages, device, offload)
+        self.places: dict[int, int] = {}
+        self.free: list[int] = []
+
+    def reserve(self, pages: int) -> None:
+        """Nothing: it grows when a page is written."""
+
+    def write(self, numbers: Sequence[int], pages: Tensor) -> None:
+        """Store `pages` under their numbers, in free places."""
+        for number in numbers:
+            if number not in self.places:
+                if not self.free:
+                    held = len(self.slabs) * self.slab_pages
+                    super().reserve(held + 1)
+                    self.free = list(range(held, len(self.slabs) * self.slab_pages))
+                self.places[number] = self.free.pop(0)
+        super().write([self.places[n] for n in numbers], pages)
+
+    def gather(self, numbers: Sequence[int]) -> Tensor:
+        """Pages in the order of their numbers."""
+        return super().gather([self.places[n] for n in numbers])
+
+    def keep(self, numbers: set[int]) -> None:
+        """Let go of all pages but these."""
+        for number in [n for n in self.places if n not in numbers]:
+            self.free.append(self.places.pop(number))
+
+    def copied(self) -> "WindowPool":
+        """The same pages in storage of their own."""
+        new = super().copied()
+        assert isinstance(new, WindowPool)
+        new.places, new.free = dict(self.places), list(self.free)
+        return new
+
+    def used(self, held: int) -> int:
+        """Pages in use."""
+        return len(self.places)
 
 
 def _index(rows: list[int], device: torch.device) -> Tensor | slice:

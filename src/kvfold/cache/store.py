@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.numbers import Numbers
-from kvfold.cache.pool import Pool
-from kvfold.cache.timeline import CacheError, Located, Step, Timeline, upload
+from kvfold.cache.pool import Pool, WindowPool
+from kvfold.cache.timeline import DROPPED, CacheError, Located, Step, Timeline, upload
 from kvfold.codec import BoundCodec, CodecError, check_states, exact_math, page_layout
 
 #: elements of keys that one group of pages may decode to: the most extra memory of a walk.
@@ -142,8 +142,16 @@ class LayerStore:
     exact_values: Tensor
     mass: Tensor | None  #: [page numbers, 2] attention that each got, and queries that read it
 
-    def __init__(self, key: BoundCodec, value: BoundCodec, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        key: BoundCodec,
+        value: BoundCodec,
+        timeline: Timeline,
+        sliding_window: int | None = None,
+    ) -> None:
         self.key, self.value, self.timeline = key, value, timeline
+        #: tokens that a query sees, itself included; None for all
+        self.sliding_window = sliding_window
         self.layout = page_layout(key, value)
         self.ring_len = timeline.window + timeline.block
         self.is_allocated = False
@@ -188,12 +196,14 @@ class LayerStore:
         if step.reads_folded_now:
             self._write_exact(keys, values, step, (0,) * step.rows)
             self._fold(None, None, step)
+            self._let_go(step)
             return None if step.is_first else self._view(step, step.folded, step.length)
         view = None
         if not step.is_first:
             view = self._view(step, step.folded_before, step.start, (keys, values))
         self._fold(keys, values, step)
         self._write_exact(keys, values, step, step.folded)
+        self._let_go(step)
         return view
 
     def fold_due(self, step: Step) -> None:
@@ -239,7 +249,8 @@ class LayerStore:
         # not inference tensors: a prefix folded under inference_mode is continued elsewhere
         with torch.inference_mode(False):
             self.exact_keys, self.exact_values = empty(keys), empty(values)
-        self.pool = Pool(
+        kind = Pool if self.sliding_window is None else WindowPool
+        self.pool = kind(
             self.layout.nbytes, step.slab_pages, keys.device, self.timeline.budget.offload
         )
         self.is_allocated = True
@@ -314,10 +325,14 @@ class LayerStore:
         self.watch.check()
         group = self.group_blocks(1)
         device = self.ring_keys.device
-        for i in range(0, len(step.pages), group):
-            due = step.pages[i : i + group]
+        # of a long first pass, what a sliding window has left behind is not coded at all
+        first = [self.first_seen(n, self.timeline.block) for n in step.length]
+        pages = [page for page in step.pages if page[1] >= first[page[0]]]
+        for i in range(0, len(pages), group):
+            due = pages[i : i + group]
             where = step.memo(
-                ("fold", device, i), lambda due=due: self._sources(step, due).on(device)
+                ("fold", device, i, self.sliding_window),
+                lambda due=due: self._sources(step, due).on(device),
             )
             fields = []
             for bound, fresh, ring in (
@@ -328,6 +343,41 @@ class LayerStore:
                 self.watch.add(x, f"layer {bound.site.layer}: {bound.site.side}_states")
                 fields.append(self.encoded(bound, x, where.positions))
             self.pool.write([n for _, _, n in due], torch.cat(fields, 1))
+
+    def first_seen(self, length: int, slack: int = 0) -> int:
+        """First block that a row's next query may see, and one `slack` tokens before it."""
+        if self.sliding_window is None:
+            return 0
+        timeline = self.timeline
+        behind = length - self.sliding_window - slack - timeline.sinks + 1
+        return max(0, behind // timeline.block)
+
+    def _let_go(self, step: Step) -> None:
+        """Free the pages that no row of any fork will see again, but for a crop of one block."""
+        if not isinstance(self.pool, WindowPool) or not step.pages:
+            return
+        timeline, kept = self.timeline, set()
+        for other in timeline.numbers.timelines:
+            # this step's own queries have yet to read what they see
+            lengths = step.start if other is timeline else other.lengths
+            for row, length in zip(other.table, lengths, strict=True):
+                kept.update(row[self.first_seen(length, timeline.block) :])
+        self.pool.keep(kept)
+
+    def check_crop(self, left: Sequence[int]) -> None:
+        """Raise `CacheError` where rows of these lengths would need pages that were let go of."""
+        if not self.is_allocated or not isinstance(self.pool, WindowPool):
+            return
+        for r, length in enumerate(left):
+            blocks = -(-max(0, length - self.timeline.sinks) // self.timeline.block)
+            needed = self.timeline.table[r][self.first_seen(length) : blocks]
+            if any(n not in self.pool.places for n in needed):
+                raise CacheError(
+                    f"a crop of row {r} from {self.timeline.lengths[r]} to {length} tokens reaches "
+                    f"behind the window of {self.sliding_window} tokens of layer "
+                    f"{self.key.site.layer}, whose older pages are let go of; "
+                    f"{self.timeline.block} tokens back are always possible"
+                )
 
     @staticmethod
     @exact_math
@@ -381,7 +431,21 @@ class LayerStore:
         if fresh is not None:  # a copy: the ring is overwritten before the view is read
             keys, values = torch.cat((keys, fresh[0]), 2), torch.cat((values, fresh[1]), 2)
             tokens = torch.cat((tokens, query_tokens), 1)
-        return View(keys, values, tokens, query_tokens, folded, self, step)
+        chosen = None
+        if self.sliding_window is not None and any(folded):
+            chosen = step.memo(
+                ("sliding", device, folded, self.sliding_window),
+                lambda: self._in_window(step, folded, device),
+            )
+        return View(keys, values, tokens, query_tokens, folded, self, step, chosen)
+
+    def _in_window(self, step: Step, folded: tuple[int, ...], device: torch.device) -> Located:
+        """The pages that some query of a step sees through the sliding window."""
+        table = [
+            [DROPPED if m < self.first_seen(start) else n for m, n in enumerate(row)]
+            for start, row in zip(step.start, step.table, strict=False)
+        ]
+        return Located.of(replace(step, table=table), folded, device)
 
     def view_now(self) -> View:
         """All that the layer holds, for no query; a copy."""
@@ -536,16 +600,12 @@ class LayerStore:
         """The same content with storage of its own, under another timeline; tables are shared."""
         new = self.forked(timeline, torch.arange(timeline.rows))
         if self.is_allocated:
-            pool = self.pool
-            new.pool = Pool(pool.page_bytes, pool.slab_pages, pool.device, pool.is_offloaded)
-            new.pool.reserve(len(pool.slabs) * pool.slab_pages)
-            for to, slab in zip(new.pool.slabs, pool.slabs, strict=True):
-                to.copy_(slab)
+            new.pool = self.pool.copied()
         return new
 
     def forked(self, timeline: Timeline, rows: Tensor) -> "LayerStore":
         """Row i from row `rows[i]`, with exact states of its own and the same pool of pages."""
-        new = LayerStore(self.key, self.value, timeline)
+        new = LayerStore(self.key, self.value, timeline, self.sliding_window)
         if self.is_allocated:
             rows = rows.to(self.exact_keys.device)
             new.exact_keys = self.exact_keys.index_select(0, rows)
@@ -586,7 +646,7 @@ class LayerStore:
         """Allocated bytes: pages in use, unused pool space, window, sinks, mass (tables not)."""
         if not self.is_allocated:
             return dict.fromkeys(("pages", "pool_unused", "window", "sinks", "mass"), 0)
-        used = used_pages * self.layout.nbytes
+        used = self.pool.used(used_pages) * self.layout.nbytes
         return {
             "pages": used,
             "pool_unused": sum(slab.nbytes for slab in self.pool.slabs)

@@ -261,6 +261,8 @@ class Timeline:
     ) -> None:
         self.sinks, self.window, self.block = sinks, window, block
         self.slab_blocks, self.max_tokens, self.budget = slab_blocks, max_tokens, budget
+        #: tokens that a query sees, where no layer sees more (sliding windows)
+        self.reach: int | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -537,9 +539,13 @@ class Timeline:
         self.slots = min(self.slots, slots)
         return reopened
 
-    def check_crop(self, slots: int) -> None:
-        """Raise `CacheError` where a crop would cut a block that was dropped."""
-        self._left(slots)
+    def check_crop(self, slots: int) -> list[int]:
+        """Tokens of each row that a crop leaves.
+
+        Raises:
+            CacheError: it would cut a block that was dropped.
+        """
+        return self._left(slots)
 
     def trim(self, pages: int) -> None:
         """Keep the newest `pages` pages of each row."""
@@ -692,6 +698,13 @@ class Timeline:
     def _count_pairs(self, step: Step) -> None:
         folded = step.folded if step.reads_folded_now else step.folded_before
         for r, (start, count) in enumerate(zip(step.start, step.count, strict=True)):
+            if self.reach is not None:
+                cold = self.sinks + folded[r] * self.block if folded[r] else 0
+                for token in range(start, start + count):
+                    oldest = max(0, token + 1 - self.reach)
+                    self.pairs_read += token + 1 - oldest
+                    self.pairs_cold += max(0, cold - max(oldest, self.sinks))
+                continue
             gone = step.table[r][: folded[r]].count(DROPPED)
             seen = start - gone * self.block
             self.pairs_read += count * seen + count * (count + 1) // 2

@@ -240,6 +240,8 @@ def why_not(cache: "FoldedCache", model: nn.Module, kwargs: dict[str, Any]) -> s
         return "pages are chosen or dropped while decoding (trim, prune, top_k, max_bytes)"
     if cache.config.offload:
         return "pages lie in CPU memory (offload)"
+    if cache.config.sliding == "folded":
+        return "sliding-window layers let go of pages while decoding"
     if any(layer.info.rope_limit is not None for layer in cache.folded_layers):
         return "rotary frequencies change with the length"
     if getattr(model, "lm_head", None) is None or not reads_codes(decoder(model)):

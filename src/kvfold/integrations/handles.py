@@ -220,7 +220,10 @@ def _is_causal(mask: Tensor | None, is_causal: bool, view: View) -> bool:
 def _sees_otherwise(mask: Tensor, view: View) -> Tensor:
     """`[rows, queries]` queries to which a mask shows another number of keys than their own."""
     tokens = view.query_tokens.to(mask.device)
-    return (mask[:, 0].sum(-1) != tokens + 1) & (tokens >= 0)  # padding may see anything
+    wanted = tokens + 1
+    if view.store.sliding_window is not None:
+        wanted = wanted.clamp_max(view.store.sliding_window)
+    return (mask[:, 0].sum(-1) != wanted) & (tokens >= 0)  # padding may see anything
 
 
 def _getitem(x: Any, index: Any) -> Any:

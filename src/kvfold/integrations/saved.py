@@ -45,6 +45,11 @@ def save(cache: "FoldedCache", path: Path, token_ids: Sequence[int] | None) -> N
     """`FoldedCache.save`."""
     if cache.step is not None or cache.bypass or not cache.timeline.rows:
         raise CacheError("nothing to save: the cache is empty, in a forward pass, or a bypass")
+    if any(layer.sliding_window is not None for layer in cache.folded_layers):
+        raise CacheError(
+            "a cache with sliding='folded' cannot be saved: its sliding layers hold the pages of "
+            "their window alone; sliding='exact' can be"
+        )
     model = cache.model
     timeline, numbers = cache.timeline.to_json()
     artefact = cache.config.artefact

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.cache.config import CacheConfig
 from kvfold.cache.numbers import Numbers
@@ -56,9 +56,17 @@ class FoldedLayer(DynamicLayer):
 
     is_croppable = True
 
-    def __init__(self, cache: "FoldedCache", info: LayerInfo, preset: Preset) -> None:
+    def __init__(
+        self,
+        cache: "FoldedCache",
+        info: LayerInfo,
+        preset: Preset,
+        sliding_window: int | None = None,
+    ) -> None:
         self._cache = weakref.ref(cache)
         self.info, self.preset = info, preset
+        #: which mask transformers makes for the layer depends on the first
+        self.is_sliding, self.sliding_window = sliding_window is not None, sliding_window
         self.store: LayerStore | None = None
         self.step: Step | None = None
         super().__init__()
@@ -90,6 +98,7 @@ class FoldedLayer(DynamicLayer):
             self.preset.keys.bind(site, config.artefact),
             self.preset.values.bind(value, config.artefact),
             self.cache.timeline,
+            self.sliding_window,
         )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -223,6 +232,8 @@ class FoldedCache(DynamicCache):
         artefact: an `Artefact` or the path of one; by default, for presets that require one, what
             `kvfold calibrate` left for this model or kvfold ships (the demo model's).
         bypass: store everything exactly, as the stock cache does.
+        sliding: `"folded"` packs sliding-window layers too and drops their pages behind the window;
+            by default they keep transformers' own class, exact.
         unsupported: `"exact"` keeps a model exact that has no layer to compress (latent attention,
             state spaces, cross-attention); `summary()` says why. By default it is refused by name.
 
@@ -257,6 +268,7 @@ class FoldedCache(DynamicCache):
         artefact: Artefact | str | None = None,
         bypass: bool = False,
         unsupported: Literal["refuse", "exact"] = "refuse",
+        sliding: Literal["exact", "folded"] = "exact",
     ) -> None:
         if isinstance(preset, CacheConfig):
             config = preset
@@ -265,7 +277,7 @@ class FoldedCache(DynamicCache):
             given |= {"trim": trim, "prune": prune, "top_k": top_k, "max_bytes": max_bytes}
             given |= {"offload": offload}
             given |= {"slab_blocks": slab_blocks, "strict": strict, "artefact": artefact}
-            given |= {"unsupported": unsupported}
+            given |= {"unsupported": unsupported, "sliding": sliding}
             given |= {"graphs": graphs}
             defaults = inspect.signature(FoldedCache.__init__).parameters
             both = [name for name, value in given.items() if value != defaults[name].default]
@@ -296,6 +308,7 @@ class FoldedCache(DynamicCache):
                 strict=strict,
                 artefact=artefact,
                 unsupported=unsupported,
+                sliding=sliding,
             )
         #: why nothing is compressed, where `unsupported="exact"` was needed
         self.exact_because: str | None = None
@@ -316,7 +329,9 @@ class FoldedCache(DynamicCache):
         not_full = {
             i.index: i.kind
             for i in infos
-            if i.index in config.overrides and i.kind != "full_attention"
+            if i.index in config.overrides
+            and i.kind != "full_attention"
+            and not (i.kind == "sliding_attention" and config.sliding == "folded")
         }
         if not_full:
             raise CacheError(
@@ -375,13 +390,25 @@ class FoldedCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             info = self._infos.get(index)
             if type(layer) is DynamicLayer and info and info.kind != "cross_attention":
+                self.layers[index] = FoldedLayer(self, info, self.config.preset_of(index))
+            elif (
+                type(layer) is DynamicSlidingWindowLayer
+                and self.config.sliding == "folded"
+                and info
+                and info.kind == "sliding_attention"
+            ):
                 preset = self.config.preset_of(index)
-                self.layers[index] = FoldedLayer(self, info, preset)
+                self.layers[index] = FoldedLayer(self, info, preset, layer.sliding_window)
+        windows = [layer.sliding_window or math.inf for layer in self.folded_layers]
+        reach = max(windows, default=math.inf)
+        self.timeline.reach = None if reach == math.inf else int(reach)
         if not self.folded_layers:
             kinds = sorted({info.kind for info in self._infos.values()})
+            slides = "; sliding='folded' compresses sliding_attention layers too"
             error = UnsupportedError(
                 f"no layer of this model can be compressed: its layers are {kinds}, and only "
                 "full_attention layers are"
+                f"{slides if 'sliding_attention' in kinds else ''}"
             )
             if self.config.unsupported == "refuse":
                 raise _with_way_out(error)
@@ -681,11 +708,12 @@ class FoldedCache(DynamicCache):
 
     def uncompressed_nbytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the same tokens in an uncompressed cache of `dtype` (padding not counted)."""
-        tokens = sum(self.timeline.lengths)
-        elements = tokens * sum(
-            layer.info.num_kv_heads * (layer.info.key_dim + layer.info.value_dim)
-            for layer in self.folded_layers
-        )
+        elements = 0
+        for layer in self.folded_layers:
+            most = math.inf if layer.sliding_window is None else layer.sliding_window - 1
+            tokens = int(sum(min(n, most) for n in self.timeline.lengths))
+            width = layer.info.key_dim + layer.info.value_dim
+            elements += tokens * layer.info.num_kv_heads * width
         exact = (layer for layer in self.layers if not _is_folded(layer))
         elements += sum(t.numel() for layer in exact for t in _tensors(layer))
         return elements * dtype.itemsize
@@ -794,7 +822,10 @@ class FoldedCache(DynamicCache):
         max_length = int(max_length)  # assisted decoding counts with tensors
         held = self.get_seq_length()
         keep = min(max_length, held) if max_length > 0 else max(0, held - abs(max_length))
-        self.timeline.check_crop(keep)
+        left = self.timeline.check_crop(keep)
+        for layer in self.folded_layers:
+            if layer.store is not None:
+                layer.store.check_crop(left)
         for layer in self.layers:  # first, since a sliding layer past its window refuses
             # in the one sign that all versions take; 0 trims what a layer recorded for a rollback
             if not _is_folded(layer) and (keep < held or getattr(layer, "record_past", False)):
