@@ -91,6 +91,8 @@ def summary(data: dict[str, Any]) -> str:
     lines = ["# The last nightly run", ""]
     machine = ", ".join(f"{k} {v}" for k, v in where.items() if k != "transformers")
     lines += [f"Written by `make nightly`: {machine}."]
+    for version, result in data["versions"].items():
+        lines += ["", f"transformers {version}: {result.get('ran', 'every preset')}."]
     lines += ["", "| transformers | suite | passed | failed | skipped |", "|---|---|---|---|---|"]
     for version, result in data["versions"].items():
         for suite, n in sorted(result["suites"].items()):
@@ -104,11 +106,14 @@ def summary(data: dict[str, Any]) -> str:
         f"Random operations (hypothesis), of {data['asked_steps']} asked for a preset:",
         "",
     ]
-    lines += ["| preset | steps |", "|---|---|"]
-    for row in data["stateful"]["recorded"]:
-        lines.append(f"| {row['test'].split('[')[-1].rstrip(']')} | {row['steps']} |")
-    wrong = data["stateful"]["failed"]
-    lines += ["", "Failed: " + ("; ".join(wrong) if wrong else "none") + ".", ""]
+    if data["stateful"]["recorded"]:
+        lines += ["| preset | steps |", "|---|---|"]
+        for row in data["stateful"]["recorded"]:
+            lines.append(f"| {row['test'].split('[')[-1].rstrip(']')} | {row['steps']} |")
+        wrong = data["stateful"]["failed"]
+        lines += ["", "Failed: " + ("; ".join(wrong) if wrong else "none") + ".", ""]
+    else:
+        lines += ["Not run.", ""]
     lines += [
         "Models: compressed layers, and the largest relative error of a layer's attention",
         "",
