@@ -70,7 +70,10 @@ def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
         return None, OBSERVED
     if view.store.sliding_window is not None:
         return None, f"{name} knows no sliding window"
-    kernel: Kernel = import_module(name)  # type: ignore[assignment]
+    try:
+        kernel: Kernel = import_module(name)  # type: ignore[assignment]
+    except ImportError as error:
+        return None, f"{name} needs a package that is missing: {error}"
     if view.has_holes and not getattr(kernel, "HOLES", False):
         return None, f"{name} reads no rows with dropped pages"
     reason = kernel.refuses(q, view)

@@ -13,12 +13,13 @@ on a length, and programs without pages leave at once.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from kvfold.cache.pool import Pool
 from kvfold.cache.store import LayerStore, View
 from kvfold.cache.timeline import Located
 from kvfold.kernels.lowering import NotLoweredError, Operand, lower_keys, lower_values
@@ -65,7 +66,8 @@ class Side:
     Args:
         operand: what it was made from.
         chunks: slots of 16 columns of each section (4, 2, 1 bits): the widest head's.
-        whole: whether every head's sections are multiples of 16 columns.
+        whole: 1 where every head's sections are multiples of 16 columns, 2 where besides all heads
+            have the same counts; else 0.
         matrix: float16 keys `[heads, dim, slots]`, values `[heads, slots, dim]`, times 2^exponent.
         exponent: power of two that keeps the matrix within float16.
         levels: `[16]` values of the digits, None where they are the digits.
@@ -76,7 +78,7 @@ class Side:
 
     operand: Operand
     chunks: tuple[int, int, int]
-    whole: bool
+    whole: int
     matrix: Tensor
     exponent: int
     levels: Tensor | None
@@ -99,7 +101,8 @@ class Side:
         """The slots of an operand."""
         counts = operand.counts
         chunks = tuple(max(-(-row[i] // CHUNK) for row in counts) for i in range(3))
-        whole = all(count % CHUNK == 0 for row in counts for count in row)
+        whole = int(all(count % CHUNK == 0 for row in counts for count in row))
+        whole += whole and len(set(counts)) == 1
         matrix = operand.matrix if keys else operand.matrix.mT  # [heads, dim, columns]
         slots = matrix.new_zeros(*matrix.shape[:2], max(CHUNK * sum(chunks), CHUNK))
         for h, row in enumerate(counts):
@@ -154,24 +157,14 @@ class Layer:
     mean: Tensor | None  #: float16 [heads, block, dim]
     constants: dict[str, object]  #: compile-time arguments of the decode kernel
     store: "weakref.ref[LayerStore]"
-    slabs: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     cost: tuple[int, ...] = ()
 
-    def slab_pages(self) -> int:
-        """Pages of a slab of the layer's pool."""
+    @property
+    def pool(self) -> Pool:
+        """The layer's pages."""
         store = self.store()
         assert store is not None
-        return store.pool.slab_pages
-
-    def slab_addresses(self) -> Tensor:
-        """`[slabs]` int64 device addresses; made anew where the pool has grown."""
-        store = self.store()
-        assert store is not None
-        slabs = store.pool.slabs
-        if len(self.slabs) != len(slabs) or self.slabs.device != store.pool.device:
-            addresses = [slab.data_ptr() for slab in slabs]
-            self.slabs = torch.tensor(addresses, dtype=torch.int64).to(store.pool.device)
-        return self.slabs
+        return store.pool
 
 
 _LAYERS: "weakref.WeakKeyDictionary[LayerStore, Layer]" = weakref.WeakKeyDictionary()
@@ -485,9 +478,9 @@ def decode(
             q, key.matrix, key.gain, key.center, layer.mean if layer.mean is not None else none,
             layer.rope if layer.rope is not None else none,
             located.table, located.block, located.folded, located.first,
-            layer.slab_addresses(), work.addresses,
+            layer.pool.addresses, work.addresses,
             work.query, work.z, work.scores,
-            capacity, layer.slab_pages(), layer.page_bytes,
+            capacity, layer.pool.slab_pages, layer.page_bytes,
             key.operand.bytes.get(key.operand.stored.page_zero or "", 0),
             query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
             HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,

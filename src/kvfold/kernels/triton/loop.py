@@ -5,7 +5,7 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportReturnType=false
 
-# ruff: noqa: RUF005, B007, E501 (Triton has no starred tuples; signatures by topic)
+# ruff: noqa: RUF005, B007, E501, SIM114 (Triton has no starred tuples; signatures by topic)
 
 import triton
 import triton.language as tl
@@ -47,7 +47,8 @@ def load_chunk(page, start, chunk, count, WORDS: tl.constexpr, W: tl.constexpr,
         WORDS: 16-bit words of a column.
         W: warps.
         KEYS: `[words, columns]` in the page, else `[columns, words]`.
-        WHOLE: all sections are multiples of 16 columns.
+        WHOLE: 1 where all sections are multiples of 16 columns, 2 where besides every head has all
+            chunks; else 0.
     """
     G: tl.constexpr = WORDS // 16 if WORDS >= 16 else 1
     P: tl.constexpr = 1 if WORDS >= 16 else 16 // WORDS
@@ -56,7 +57,9 @@ def load_chunk(page, start, chunk, count, WORDS: tl.constexpr, W: tl.constexpr,
     column = tl.arange(0, 16)
     at = page + tl.multiple_of(start + chunk * (16 * WORDS), 8)
     if KEYS:
-        if WHOLE:
+        if WHOLE == 2:
+            x = tl.load(at + word[:, None] * 16 + column[None, :])
+        elif WHOLE == 1:
             x = tl.load(at + word[:, None] * 16 + column[None, :], mask=chunk * 16 < count, other=0)
         else:
             have = tl.minimum(count - chunk * 16, 16)
@@ -66,8 +69,14 @@ def load_chunk(page, start, chunk, count, WORDS: tl.constexpr, W: tl.constexpr,
         x = x.reshape(1, G, 1, LANES, 16)
         x = tl.broadcast_to(x, (W // G, G, P, LANES, 16))
     else:
-        present = chunk * 16 < count if WHOLE else chunk * 16 + column[:, None] < count
-        x = tl.load(at + column[:, None] * WORDS + word[None, :], mask=present, other=0)
+        if WHOLE == 2:
+            x = tl.load(at + column[:, None] * WORDS + word[None, :])
+        elif WHOLE == 1:
+            have = chunk * 16 < count
+            x = tl.load(at + column[:, None] * WORDS + word[None, :], mask=have, other=0)
+        else:
+            present = chunk * 16 + column[:, None] < count
+            x = tl.load(at + column[:, None] * WORDS + word[None, :], mask=present, other=0)
         x = x.reshape(16, 1, G, 1, LANES).permute(1, 2, 0, 3, 4)
         x = tl.broadcast_to(x, (W // G, G, 16, P, LANES))
     return x.reshape(W, 16, 16)
@@ -120,16 +129,24 @@ def chunk_scores(s, x, q, levels_ptr, ASM: tl.constexpr, WIDTH: tl.constexpr,
 
 @triton.jit
 def add_values(out, alpha, x, chunk, count, p, levels_ptr, ASM: tl.constexpr, WIDTH: tl.constexpr,
-               LEVELS: tl.constexpr):  # fmt: skip
+               LEVELS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """One chunk of value columns: out * alpha + P.V of this page, begun afresh."""
-    if chunk * 16 < count:
-        v = quarters(x, levels_ptr, ASM, WIDTH, 4 * WIDTH * x.shape[0], False, LEVELS)
-        fresh = tl.dot(v[0], p[0])
-        fresh = tl.dot(v[1], p[1], fresh)
-        fresh = tl.dot(v[2], p[2], fresh)
-        fresh = tl.dot(v[3], p[3], fresh)
-        out = out * alpha + fresh
+    if WHOLE == 2:  # not one condition: a constant leaves no branch in the kernel
+        out = out * alpha + chunk_values(x, p, levels_ptr, ASM, WIDTH, LEVELS)
+    elif chunk * 16 < count:
+        out = out * alpha + chunk_values(x, p, levels_ptr, ASM, WIDTH, LEVELS)
     return out
+
+
+@triton.jit
+def chunk_values(x, p, levels_ptr, ASM: tl.constexpr, WIDTH: tl.constexpr,
+                 LEVELS: tl.constexpr):  # fmt: skip
+    """P.V of one chunk that is there."""
+    v = quarters(x, levels_ptr, ASM, WIDTH, 4 * WIDTH * x.shape[0], False, LEVELS)
+    fresh = tl.dot(v[0], p[0])
+    fresh = tl.dot(v[1], p[1], fresh)
+    fresh = tl.dot(v[2], p[2], fresh)
+    return tl.dot(v[3], p[3], fresh)
 
 
 @triton.jit
@@ -350,14 +367,14 @@ def decode_kernel(
                 # Triton moves the layout change of p into every branch
                 k_scale = page_bytes + k_scale_at
                 if K1 > 0 and KB > 1:
-                    s = section_scores(s, x1, k1, qs, K4 + K2, 0, K1, True, k_scale, k_levels_ptr,
+                    s = section_scores(s, x1, k1, qs, K4 + K2, 0, K1, K_WHOLE < 2, k_scale, k_levels_ptr,
                                        ASM_K1, 1, K_LEVELS, SEGMENTS, B, D_K)  # fmt: skip
                     if K2 > 0:
                         s = (s[0], s[1] * 2.0, s[2] * 4.0, s[3] * 8.0)
                     else:
                         s = (s[0], s[1] * 8.0, s[2] * 0.25, s[3] * 2.0)
                 if K2 > 0 and KB > 2:
-                    s = section_scores(s, x2, k2, qs, K4, 0, K2, True, k_scale, k_levels_ptr,
+                    s = section_scores(s, x2, k2, qs, K4, 0, K2, K_WHOLE < 2, k_scale, k_levels_ptr,
                                        ASM_K2, 2, K_LEVELS, SEGMENTS, B, D_K)  # fmt: skip
                     s = (s[0], s[1] * 4.0, s[2] * 0.0625, s[3] * 0.25)
                 if Z:
@@ -369,7 +386,7 @@ def decode_kernel(
                 kb = k4 if KB == 4 else (k2 if KB == 2 else k1)
                 ASM_KB: tl.constexpr = ASM_K4 if KB == 4 else (ASM_K2 if KB == 2 else ASM_K1)
                 KBS: tl.constexpr = K4 if KB == 4 else (K2 if KB == 2 else K1)
-                s = section_scores(s, x, kb, qs, 0, 1, KBS, True, k_scale, k_levels_ptr,
+                s = section_scores(s, x, kb, qs, 0, 1, KBS, K_WHOLE < 2, k_scale, k_levels_ptr,
                                    ASM_KB, KB, K_LEVELS, SEGMENTS, B, D_K)  # fmt: skip
                 s = section_scores(s, x, kb, qs, 0, 0, 1, False, k_scale, k_levels_ptr,
                                    ASM_KB, KB, K_LEVELS, SEGMENTS, B, D_K)  # fmt: skip
@@ -443,7 +460,7 @@ def decode_kernel(
                             add_values(
                                 out[g * (FIRST // V_GROUPS) + j], alpha,
                                 x[g * (FIRST // V_GROUPS) + j], g * (FIRST // V_GROUPS) + j, vb, h,
-                                v_levels_ptr, ASM_VB, VB, V_LEVELS,
+                                v_levels_ptr, ASM_VB, VB, V_LEVELS, V_WHOLE,
                             ),
                         )  # fmt: skip
                 if V4 > 0 and V2 > 0:
@@ -453,7 +470,7 @@ def decode_kernel(
                     for j in tl.static_range(V2):
                         new = new + (
                             add_values(out[V4 + j], alpha, x2[j], j, v2, h2, v_levels_ptr, ASM_V2,
-                                       2, V_LEVELS),
+                                       2, V_LEVELS, V_WHOLE),
                         )  # fmt: skip
                 if V1 > 0 and (V4 + V2) > 0:
                     if V4 > 0:  # 0, 4, 0, 4 to 0, 1, 2, 3
@@ -465,7 +482,7 @@ def decode_kernel(
                     for j in tl.static_range(V1):
                         new = new + (
                             add_values(out[V4 + V2 + j], alpha, x1[j], j, v1, h1, v_levels_ptr,
-                                       ASM_V1, 1, V_LEVELS),
+                                       ASM_V1, 1, V_LEVELS, V_WHOLE),
                         )  # fmt: skip
                 out = new
 
