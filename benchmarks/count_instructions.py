@@ -168,8 +168,7 @@ def main() -> None:
     for name, (chunks, budget) in UNIFORM.items():
         add(name, 128, budget, uniform(chunks, 128))
     for preset in () if args.uniform else PRESETS:
-        for page in (128, 256):
-            add(preset, page, None, constants_of(preset, 128, page))
+        add(preset, 128, None, constants_of(preset, 128, 128))
     if args.out is not None:
         where = {"triton": triton.__version__, "commit": commit()}
         where |= {"date": datetime.date.today().isoformat()}
