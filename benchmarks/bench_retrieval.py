@@ -52,14 +52,15 @@ def text_kl(model, stock, folded, steps) -> float:
 
 def variants(presets: list[str], composed: str, cold: int, block: int):
     """(preset, mode, budget, options of the cache, tokens to prune to)."""
-    for preset in presets:
+    for preset in dict.fromkeys(("identity", composed, *presets)):
         yield preset, "all", 1.0, {}, None
-    for preset in ("identity", composed):
+        if preset not in ("identity", composed):
+            continue
         for budget in BUDGETS:
             tokens = max(block, int(budget * cold) // block * block)
-            yield preset, "trim", budget, {"trim": tokens}, None
-            yield preset, "prune", budget, {"prune": ALL}, tokens
             yield preset, "top_k", budget, {"top_k": tokens}, None
+            yield preset, "prune", budget, {"prune": ALL}, tokens
+            yield preset, "trim", budget, {"trim": tokens}, None
 
 
 def measure(model, args, asked: Pairs, stock, text, presets: list[str]):
@@ -104,7 +105,7 @@ def measure(model, args, asked: Pairs, stock, text, presets: list[str]):
 
 
 def main() -> None:
-    """Measure each length, and write what there is after each."""
+    """Measure each length, and write what there is after each row."""
     make = parser(__doc__, "retrieval.csv")
     make.add_argument("--full", action="store_true", help="all lengths and every preset")
     make.add_argument("--tokens", help="prompt lengths, comma separated")
@@ -126,8 +127,11 @@ def main() -> None:
             ids = tokenizer(args.text.read_text(), return_tensors="pt", verbose=False)["input_ids"]
             ids = ids[:, : tokens + args.steps].to(args.device)
             text = prefilled(model, ids[:, : -args.steps]), ids[:, -args.steps :]
-        rows += measure(model, args, asked, stock, text, presets)
-        write(args.out, rows, args)
+        for row in measure(model, args, asked, stock, text, presets):
+            rows.append(row)
+            write(
+                args.out, rows, args, len(rows) - 1
+            )  # each time: what there is counts if the time is up
         print(f"{tokens} tokens: {time.perf_counter() - start:.0f} s so far")
 
 

@@ -30,8 +30,13 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return models.load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]], args: argparse.Namespace) -> None:
-    """Write rows as CSV, each with the machine, the versions and the commit; print them."""
+def write(
+    path: Path, rows: Iterable[Mapping[str, Any]], args: argparse.Namespace, shown: int = 0
+) -> None:
+    """Write rows as CSV, each with the machine, the versions and the commit.
+
+    They are printed, but for the first `shown` of them.
+    """
     where = environment(torch.device(args.device))
     full = [{**row, "dtype": args.dtype, **where} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,5 +44,5 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], args: argparse.Namespac
         writer = csv.DictWriter(file, list(full[0]))
         writer.writeheader()
         writer.writerows(full)
-    for row in full:
+    for row in full[shown:]:
         print(*(f"{key}={value}" for key, value in row.items() if key not in where))

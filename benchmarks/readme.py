@@ -157,6 +157,51 @@ def calibration() -> str:
     )
 
 
+def eviction() -> str:
+    """Retrieval for presets and budgets, the loaded prefix, the soak: from their results."""
+
+    def rows(name: str) -> list[dict]:
+        with (RESULTS / name).open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    found, soak = rows("retrieval.csv"), rows("soak.csv")[0]
+    prefixes = rows("prefix.csv") if (RESULTS / "prefix.csv").exists() else []
+    first = found[0]
+    lengths = list(dict.fromkeys(row["tokens"] for row in found))
+    lines = [
+        f"Digits of random key-value pairs given back from beyond the window ({first['questions']} "
+        f"questions a length, `benchmarks/bench_retrieval.py`, {first['device']}); trim does not "
+        "know the question, prune has read it, top-k chooses for each token:",
+        "",
+        f"| preset | what is kept or read | {' | '.join(f'{n} tokens' for n in lengths)} |",
+        f"|---|---|{'---|' * len(lengths)}",
+    ]
+    cells: dict[tuple[str, str, float], dict[str, str]] = {}
+    for row in found:
+        key = (row["preset"], row["mode"], float(row["budget"]))
+        cells.setdefault(key, {})[row["tokens"]] = f"{float(row['digits']):.0%}"
+    for (preset, mode, budget), by in cells.items():
+        what = "everything" if mode == "all" else f"{mode} {budget:.0%}"
+        values = " | ".join(by.get(n, "-") for n in lengths)
+        lines.append(f"| `{preset}` | {what} | {values} |")
+    for p in prefixes:
+        lines += [
+            "",
+            f"A saved prefix of {int(p['tokens']):,} tokens (`{p['preset']}`) loads in "
+            f"{float(p['load_s']):.2f} s, checksum included; prefilling it takes "
+            f"{float(p['prefill_s']):.0f} s, {p['speedup']} times as long ({p['device']}); the "
+            "tokens after it are the same.",
+        ]
+    held = f"{int(soak['bytes_least']):,} to {int(soak['bytes_most']):,} bytes"
+    lines += [
+        "",
+        f"{int(soak['steps']):,} decode steps with `trim={soak['trim']}`: {held} held from token "
+        f"1,000 on, {soak['positions']} positions, same tokens from two processes: "
+        f"{soak['same_output']} (`benchmarks/bench_soak.py`).",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "presets": presets,
     "fidelity": fidelity,
@@ -165,6 +210,7 @@ TABLES = {
     "robustness": robustness,
     "calibration": calibration,
     "memory": memory,
+    "eviction": eviction,
 }
 
 
