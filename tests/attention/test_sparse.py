@@ -30,7 +30,8 @@ def test_what_is_chosen_is_what_is_read(name):
     assert few.has_holes
     assert [len(row) for row in few.on(q.device).pages] == [2, 2]
     found = attend(q, view, scaling=0.125)
-    assert torch.equal(found, walk(q, few, scaling=0.125))
+    walked = walk(q, few, scaling=0.125)
+    assert error(found, walked) < 1e-5, error(found, walked)
     wanted = oracle(q, few, scaling=0.125)
     assert error(found, wanted) < 1e-5, error(found, wanted)
     assert error(found, oracle(q, view, scaling=0.125)) > 1e-3, "everything was read"

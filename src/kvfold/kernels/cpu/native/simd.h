@@ -1,0 +1,266 @@
+// One vector width, chosen by KVFOLD_BITS: 512 (AVX-512 VNNI), 256 (AVX2), 128 (SSE2, NEON, any).
+// Arithmetic is the compiler's own on vector types; only what it cannot say is written by hand.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace kvfold {
+namespace KVFOLD_NAMESPACE {
+namespace {
+
+constexpr int kBytes = KVFOLD_BITS / 8;
+constexpr int kLanes = kBytes / 4;
+
+typedef float F __attribute__((vector_size(kBytes)));
+typedef int32_t I __attribute__((vector_size(kBytes)));
+typedef uint32_t W32 __attribute__((vector_size(kBytes)));
+typedef uint16_t H __attribute__((vector_size(kBytes)));
+typedef uint8_t U __attribute__((vector_size(kBytes)));
+typedef float F4 __attribute__((vector_size(16)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+template <class T>
+INLINE T load(const void* p) {
+  T x;
+  memcpy(&x, p, sizeof(T));
+  return x;
+}
+template <class T>
+INLINE void store(void* p, T x) {
+  memcpy(p, &x, sizeof(T));
+}
+template <class To, class From>
+INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  memcpy(&y, &x, sizeof(To));
+  return y;
+}
+INLINE F all(float x) { return F{} + x; }
+INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
+INLINE F larger(F a, F b) { return a > b ? a : b; }
+INLINE F smaller(F a, F b) { return a < b ? a : b; }
+
+// the first n lanes, zeros behind them
+INLINE F load_some(const float* p, int n) {
+  if (n >= kLanes) return load<F>(p);
+  F x{};
+  memcpy(&x, p, sizeof(float) * static_cast<unsigned>(n));
+  return x;
+}
+INLINE void store_some(float* p, F x, int n) {
+  if (n >= kLanes) return store(p, x);
+  memcpy(p, &x, sizeof(float) * static_cast<unsigned>(n));
+}
+
+INLINE float sum(F x) {
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += x[i];
+  return s;
+}
+INLINE float top_of(F x) {
+  float s = x[0];
+  for (int i = 1; i < kLanes; ++i) s = x[i] > s ? x[i] : s;
+  return s;
+}
+
+// even bytes of each 16, then odd ones
+INLINE U split(U x) {
+#if KVFOLD_BITS == 512
+  const __m512i order = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  return bits<U>(_mm512_shuffle_epi8(bits<__m512i>(x), order));
+#elif KVFOLD_BITS == 256
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  return bits<U>(_mm256_shuffle_epi8(bits<__m256i>(x), order));
+#elif defined(__SSE2__)
+  const __m128i y = bits<__m128i>(x);
+  return bits<U>(_mm_packus_epi16(_mm_and_si128(y, _mm_set1_epi16(0xff)), _mm_srli_epi16(y, 8)));
+#elif defined(__ARM_NEON)
+  const uint8x16_t y = bits<uint8x16_t>(x);
+  return bits<U>(vuzp1q_u8(y, y), vuzp2q_u8(y, y));
+#else
+  U y;
+  for (int i = 0; i < kBytes; ++i) {
+    const int in = i & 15, from = in < 8 ? 2 * in : 2 * (in - 8) + 1;
+    y[i] = x[(i & ~15) + from];
+  }
+  return y;
+#endif
+}
+
+// digit number `at` of each byte
+template <int kWidth>
+INLINE U digit(U x, int at) {
+  constexpr uint8_t mask = (1 << kWidth) - 1;
+  return bits<U>(bits<H>(x) >> static_cast<uint16_t>(kWidth * at)) & mask;
+}
+
+// acc + sums of products of four neighbours, digits (0 to 127) times signed bytes
+INLINE I dot(I acc, U digits, U limbs) {
+#if KVFOLD_BITS == 512
+  return bits<I>(_mm512_dpbusd_epi32(bits<__m512i>(acc), bits<__m512i>(digits),
+                                     bits<__m512i>(limbs)));
+#elif KVFOLD_BITS == 256
+  const __m256i pairs = _mm256_maddubs_epi16(bits<__m256i>(digits), bits<__m256i>(limbs));
+  return acc + bits<I>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__SSE2__)
+  const __m128i d = bits<__m128i>(digits), s = bits<__m128i>(limbs), zero = _mm_setzero_si128();
+  const __m128i low = _mm_madd_epi16(_mm_unpacklo_epi8(d, zero),
+                                     _mm_srai_epi16(_mm_unpacklo_epi8(zero, s), 8));
+  const __m128i high = _mm_madd_epi16(_mm_unpackhi_epi8(d, zero),
+                                      _mm_srai_epi16(_mm_unpackhi_epi8(zero, s), 8));
+  const F4 a = bits<F4>(low), b = bits<F4>(high);
+  const __m128i even = bits<__m128i>(_mm_shuffle_ps(bits<__m128>(a), bits<__m128>(b), 0x88));
+  const __m128i odd = bits<__m128i>(_mm_shuffle_ps(bits<__m128>(a), bits<__m128>(b), 0xdd));
+  return acc + bits<I>(_mm_add_epi32(even, odd));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return bits<I>(vdotq_s32(bits<int32x4_t>(acc), bits<int8x16_t>(digits),
+                           bits<int8x16_t>(limbs)));
+#elif defined(__ARM_NEON)
+  const int8x16_t d = bits<int8x16_t>(digits), s = bits<int8x16_t>(limbs);
+  const int16x8_t low = vmull_s8(vget_low_s8(d), vget_low_s8(s));
+  const int16x8_t high = vmull_s8(vget_high_s8(d), vget_high_s8(s));
+  const int32x4_t pairs = vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+  return bits<I>(vaddq_s32(bits<int32x4_t>(acc), pairs));
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j)
+      acc[i] += int32_t(digits[4 * i + j]) * int32_t(int8_t(limbs[4 * i + j]));
+  return acc;
+#endif
+}
+
+// `size` bytes (4, 8, 16, 32 or 64), repeated
+template <int kSize>
+INLINE U repeated(const void* p) {
+  if constexpr (kSize >= kBytes) return load<U>(p);
+#if KVFOLD_BITS == 512
+  if constexpr (kSize == 32)
+    return bits<U>(_mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+  if constexpr (kSize == 16)
+    return bits<U>(_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  if constexpr (kSize == 8) return bits<U>(_mm512_set1_epi64(load<int64_t>(p)));
+#elif KVFOLD_BITS == 256
+  if constexpr (kSize == 16)
+    return bits<U>(
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  if constexpr (kSize == 8) return bits<U>(_mm256_set1_epi64x(load<int64_t>(p)));
+#else
+  if constexpr (kSize == 8) {
+    const uint64_t x = load<uint64_t>(p);
+    typedef uint64_t D __attribute__((vector_size(16)));
+    return bits<U>(D{x, x});
+  }
+#endif
+  return bits<U>(W32{} + load<uint32_t>(p));
+}
+
+// within each 16 bytes: a0 + a1, a2 + a3, b0 + b1, b2 + b3
+INLINE F pairs(F a, F b) {
+#if KVFOLD_BITS == 512
+  const __m512 x = bits<__m512>(a), y = bits<__m512>(b);
+  return bits<F>(_mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd)));
+#elif KVFOLD_BITS == 256
+  return bits<F>(_mm256_hadd_ps(bits<__m256>(a), bits<__m256>(b)));
+#elif defined(__SSE2__)
+  const __m128 x = bits<__m128>(a), y = bits<__m128>(b);
+  return bits<F>(_mm_add_ps(_mm_shuffle_ps(x, y, 0x88), _mm_shuffle_ps(x, y, 0xdd)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return bits<F>(vpaddq_f32(bits<float32x4_t>(a), bits<float32x4_t>(b)));
+#else
+  return F{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+#endif
+}
+
+// 16 bytes number `i`
+INLINE F4 quarter(F x, int i) {
+  F4 y;
+  memcpy(&y, reinterpret_cast<const char*>(&x) + 16 * i, 16);
+  return y;
+}
+
+INLINE float half(uint16_t x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, rest = x & 0x7fff;
+  if (rest >= 0x7c00) return bits<float>(sign | 0x7f800000u | ((rest & 0x3ff) << 13));
+  // as a float whose exponent is 112 too small: exact, subnormals too
+  const float scaled = bits<float>(rest << 13) * 0x1p112f;
+  return bits<float>(bits<uint32_t>(scaled) | sign);
+#endif
+}
+
+INLINE uint16_t to_half(float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, 0);
+#else
+  const uint32_t u = bits<uint32_t>(x), sign = (u >> 16) & 0x8000;
+  const uint32_t rest = u & 0x7fffffffu;
+  if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
+  if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);
+  if (rest < 0x38800000u) {  // subnormal: the addition rounds
+    const uint32_t sum = bits<uint32_t>(bits<float>(rest) + 0.5f);
+    return static_cast<uint16_t>(sign | (sum - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfff + ((rest >> 13) & 1)) >> 13));
+#endif
+}
+
+INLINE float brain(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+INLINE uint16_t to_brain(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE float e4m3(uint8_t x) {
+  if ((x & 0x7f) == 0x7f) return bits<float>(0x7fc00000u);
+  const float y = bits<float>(static_cast<uint32_t>(x & 0x7f) << 20) * 0x1p120f;
+  return (x & 0x80) ? -y : y;
+}
+
+// e^x, to about 1e-7; 0 below -87
+INLINE F exponential(F x) {
+  const F t = larger(x, all(-87.0f)) * 1.44269504f + 12582912.0f;
+  const F n = t - 12582912.0f;
+  const F r = larger(x, all(-87.0f)) - n * 0.693359375f - n * -2.12194440e-4f;
+  F y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const I scale = (bits<I>(t) << 23) + 0x3f800000;
+  return x < all(-87.0f) ? F{} : y * bits<F>(scale);
+}
+
+// tanh x, a rational approximation to a few units in the last place (Eigen's)
+INLINE F hyperbolic_tangent(F x) {
+  x = smaller(larger(x, all(-7.9053111f)), all(7.9053111f));
+  const F s = x * x;
+  F p = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  p = p * s + -8.60467152213735e-11f;
+  p = p * s + 5.12229709037114e-08f;
+  p = p * s + 1.48572235717979e-05f;
+  p = p * s + 6.37261928875436e-04f;
+  p = (p * s + 4.89352455891786e-03f) * x;
+  F q = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
+  q = q * s + 2.26843463243900e-03f;
+  q = q * s + 4.89352518554385e-03f;
+  return p / q;
+}
+
+}  // namespace
+}  // namespace KVFOLD_NAMESPACE
+}  // namespace kvfold
