@@ -40,7 +40,6 @@ from kvfold.integrations.graphs import Graphs
 from kvfold.integrations.handles import FoldedStates, FoldedWarning, Notices
 from kvfold.integrations.hooks import Hooks
 from kvfold.integrations.late import Late
-from kvfold.kernels import cpu
 
 __all__ = ["FoldedCache", "FoldedLayer", "FoldedWarning"]
 
@@ -599,9 +598,7 @@ class FoldedCache(DynamicCache):
         stores = [layer.bind(torch.device("cpu"), self.dtype) for layer in self.folded_layers]
         # 16 bytes a page and 128 a layer are more than the addresses of slabs take
         exact = sum(s.exact_nbytes(rows, self.dtype) + 128 for s in stores)
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        kernels = [cpu.held_by(s) for s in stores] if on_cpu else []
-        tables = _nbytes(_tensors([[s.key, s.value] for s in stores] + [kernels]))
+        tables = _nbytes(_tensors([[s.key, s.value] for s in stores]))
         page = sum(s.layout.nbytes + s.mass_nbytes + 16 for s in stores)
         total = (self.config.max_bytes - exact - tables) // page
         if total < rows:
