@@ -46,7 +46,7 @@ DIGITS = {
 }
 MAX_BITS = 8
 #: modules whose `pack` takes the place of `DigitPlan.pack`, by device type; imported when needed.
-PACKERS = {"cuda": "kvfold.kernels.triton.fold"}
+PACKERS: dict[str, str] = {}
 #: columns of keys that are stored together: what one matrix product contracts over.
 CHUNK = 16
 _WORD_BITS = 16
