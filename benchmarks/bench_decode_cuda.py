@@ -3,19 +3,20 @@
 One layer of Llama 3 8B's shape: 32 query and 8 KV heads, head_dim 128, bfloat16; whole attention
 with 4 sinks, 192 slots of hot window and the merge. Every time is a CUDA graph of launches on
 buffers that together exceed the L2 cache. Correctness against the page walk comes first: a row
-whose error is too large gets no time. Pages hold encoded random states, drawn with repetition.
+whose error is too large gets no time. Pages hold encoded random states, drawn with repetition;
+`fisher` has the mixed widths of `mixed_widths.py`.
 
     PYTHONPATH=src python benchmarks/bench_decode_cuda.py --out decode_cuda.csv --seconds 200
 """
 
 import argparse
 import csv
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mixed_widths
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +28,7 @@ from kvfold.cache.pool import Pool
 from kvfold.cache.store import LayerStore, View
 from kvfold.cache.timeline import Located, Timeline
 from kvfold.codec import Site
+from kvfold.codecs.fisher import Fisher
 from kvfold.evaluation.perplexity import environment
 from kvfold.kernels.triton import decode
 from kvfold.transforms.rope import Rope
@@ -36,10 +38,7 @@ EXACT = 4 + 64 + BLOCK
 DEVICE = torch.device("cuda", 0)
 ROPE = Rope(tuple(5e5 ** (-i / 64) for i in range(64)))
 SHAPES = ((1, 32_768), (8, 32_768), (1, 131_072), (32, 8192), (1, 4096), (64, 4096))
-PRESETS = ("turboquant4", "kivi4-g64", "kivi2-g64", "fisher2", "fisher2-post", "fisher4", "int8")
-TUNINGS = tuple(
-    decode.Tuning(programs=p, stages=s) for s, p in itertools.product((3, 2, 4), (6, 4, 12))
-)
+PRESETS = ("kivi4-g64", "kivi2-g64", "fisher2", "fisher2-post", "fisher4", "turboquant4", "int8")
 L2 = 120e6
 
 
@@ -80,7 +79,9 @@ def store_of(name: str) -> LayerStore:
     preset, made = kvfold.get(name), []
     for side, codec in (("key", preset.keys), ("value", preset.values)):
         site = Site(side, HEADS, DIM, BLOCK, dtype=torch.bfloat16, device=DEVICE, rope=ROPE)  # type: ignore[arg-type]
-        made.append(codec.bind(site, codec.example(site)))
+        fisher = isinstance(codec, Fisher)
+        tables = mixed_widths.tables(codec, site) if fisher else codec.example(site)
+        made.append(codec.bind(site, tables))
     store = LayerStore(*made, Timeline(4, 64, BLOCK))
     length = 16 * BLOCK + 68
     keys, values = torch.randn(2, 1, HEADS, length + 1, DIM, device=DEVICE, dtype=torch.bfloat16)
@@ -130,7 +131,7 @@ def numbers(x: Any) -> Tensor:
     return torch.as_tensor(x).to(DEVICE, torch.int32).contiguous()
 
 
-def packed(store: LayerStore, rows: int, sets: list[Located], tuning: Any) -> list[float]:
+def packed(store: LayerStore, rows: int, sets: list[Located]) -> list[float]:
     """Microseconds of one layer's attention."""
     layer = decode.lowered(store)
     shape = (2, rows, HEADS, EXACT, DIM)
@@ -140,7 +141,7 @@ def packed(store: LayerStore, rows: int, sets: list[Located], tuning: Any) -> li
     last = numbers([[EXACT - 1]] * rows)
 
     def run(at: Located) -> None:
-        decode.decode(q, layer, keys, values, tokens, last, at, scaling=DIM**-0.5, tuning=tuning)
+        decode.decode(q, layer, keys, values, tokens, last, at, scaling=DIM**-0.5)
 
     return timed(run, sets)
 
@@ -175,7 +176,6 @@ def main() -> None:
     make.add_argument("--out", type=Path, required=True)
     make.add_argument("--seconds", type=float, default=200)
     make.add_argument("--presets", default=",".join(PRESETS))
-    make.add_argument("--tunings", type=int, default=3, help="configurations tried, at most 9")
     args = make.parse_args()
     begin, rows_out = time.time(), []
     torch.manual_seed(0)
@@ -205,17 +205,16 @@ def main() -> None:
                 rows_out.append({"what": name, "rows": rows, "tokens": tokens, "note": "not run"})
                 continue
             sets = filled(store, rows, tokens)
-            for tuning in TUNINGS[: args.tunings]:
-                how = f"{tuning.programs} programs, {tuning.stages} stages"
-                try:
-                    us = packed(store, rows, sets, tuning)
-                except Exception as error:
-                    rows_out.append({"what": name, "how": how, "rows": rows, "tokens": tokens,
-                                     "note": repr(error)[:300]})  # fmt: skip
-                    continue
-                nbytes = rows * tokens // BLOCK * store.layout.nbytes
-                add(rows_out, name, how, rows, tokens, us, nbytes, rate, best)
-                rows_out[-1] |= {"bits": store.layout.bits_per_element, "error": errors[name]}
+            how = "CUDA kernels" if decode.lowered(store).native is not None else "Triton kernels"
+            try:
+                us = packed(store, rows, sets)
+            except Exception as error:
+                rows_out.append({"what": name, "how": how, "rows": rows, "tokens": tokens,
+                                 "note": repr(error)[:300]})  # fmt: skip
+                continue
+            nbytes = rows * tokens // BLOCK * store.layout.nbytes
+            add(rows_out, name, how, rows, tokens, us, nbytes, rate, best)
+            rows_out[-1] |= {"bits": store.layout.bits_per_element, "error": errors[name]}
     where = environment(DEVICE)
     columns = list(dict.fromkeys(key for row in rows_out for key in row))
     with args.out.open("w", newline="", encoding="utf-8") as file:

@@ -25,7 +25,6 @@ from transformers.models.llama import modeling_llama
 import kvfold
 from kvfold.attention import dispatch, paged
 from kvfold.cache.store import LayerStore
-from kvfold.kernels import triton
 
 SHAPES = ((1, 32_768), (8, 32_768), (1, 131_072), (8, 131_072))
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -359,8 +358,6 @@ def main() -> None:
     make.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     make.add_argument("--out", default=RESULTS / "model_cuda.csv", type=type(RESULTS))
     args = make.parse_args()
-    if torch.cuda.is_available():
-        triton.enable()
     args.dtype = "bfloat16"
     began = time.perf_counter()
     torch.manual_seed(1)

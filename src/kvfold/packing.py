@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -46,7 +47,7 @@ DIGITS = {
 }
 MAX_BITS = 8
 #: modules whose `pack` takes the place of `DigitPlan.pack`, by device type; imported when needed.
-PACKERS: dict[str, str] = {}
+PACKERS = {"cuda": "kvfold.kernels.triton.fold"} if find_spec("triton") else {}
 #: columns of keys that are stored together: what one matrix product contracts over.
 CHUNK = 16
 _WORD_BITS = 16

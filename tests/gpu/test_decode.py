@@ -7,7 +7,10 @@ import kvfold
 from kvfold.attention.oracle import oracle
 from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Timeline
-from kvfold.codec import Site
+from kvfold.codec import ExampleTables, Site
+from kvfold.codecs.fisher import group_len
+from kvfold.quantizers.uniform import gaussian_affine
+from kvfold.transforms.orthogonal import random_rotation
 from kvfold.transforms.rope import Rope
 from tests.cache.test_store import feed
 
@@ -15,13 +18,36 @@ pytestmark = pytest.mark.gpu
 decode = pytest.importorskip("kvfold.kernels.triton.decode")
 
 
-def case(name, heads, group, dim, dtype, chunks, rows=2, padded=True):
+def mixed(codec, site):
+    """Widths of 0 to 6 bits that differ between heads, and a mean."""
+    heads, dim = site.num_kv_heads, site.head_dim
+    generator = torch.Generator().manual_seed(dim + (site.side == "key"))
+    widths = torch.randint(0, 7, (heads, dim // group_len(dim)), generator=generator)
+    widths = widths.repeat_interleave(group_len(dim), 1)
+    step, offset = (torch.stack(part) for part in zip(*map(gaussian_affine, widths), strict=True))
+    prefix = f"{codec.form}_" if site.side == "key" else ""
+    return ExampleTables(
+        {
+            "mean": torch.randn(heads, dim, generator=generator) * (site.side == "key"),
+            f"{prefix}basis": random_rotation(dim, 5).expand(heads, -1, -1),
+            f"{prefix}scales": torch.ones(2, heads, dim),
+            codec.table("codes"): torch.stack((widths, step, offset)),
+        }
+    )
+
+
+def plain(codec, site):
+    """The codec's own made-up tables."""
+    return codec.example(site)
+
+
+def case(name, heads, group, dim, dtype, chunks, rows=2, padded=True, tables=plain):
     generator = torch.Generator(device="cuda").manual_seed(41)
     preset, made = kvfold.get(name), []
     rope = Rope(tuple(1e4 ** (-2 * i / dim) for i in range(dim // 2)))
     for side, codec in (("key", preset.keys), ("value", preset.values)):
         site = Site(side, heads, dim, dtype=dtype, device=torch.device("cuda"), rope=rope)
-        made.append(codec.bind(site, codec.example(site)))
+        made.append(codec.bind(site, tables(codec, site)))
     store, length = LayerStore(*made, Timeline(4, 64, 128)), sum(chunks)
     shape = (2, rows, heads, length, dim)
     keys, values = torch.randn(shape, device="cuda", generator=generator).to(dtype)
@@ -68,6 +94,22 @@ def test_each_code(name, dtype):
 )
 def test_shapes(heads, group, dim, chunks):
     check(*case("fisher2", heads, group, dim, torch.bfloat16, chunks, padded=chunks[0] > 300))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("name", ["fisher2", "fisher2-post"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_widths_that_differ_between_heads(name, dim, dtype):
+    check(*case(name, 3, 4, dim, dtype, (900, 1), tables=mixed))
+
+
+def test_the_cuda_kernels_read_what_is_measured():
+    """On Hopper no row of the benchmarks falls back to Triton's kernels unseen."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("made for sm_90")
+    for name in ("fisher2", "fisher2-post", "fisher4", "kivi4-g64", "kivi2-g64", "turboquant4"):
+        _, view = case(name, 8, 4, 128, torch.bfloat16, (300, 1))
+        assert decode.lowered(view.store).native is not None, name
 
 
 def test_softcap_and_sink_logits():

@@ -101,9 +101,10 @@ def test_a_fold_on_the_device_writes_the_hosts_bytes(model):
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache)
     store = cache.folded_layers[0].store
-    host = kvfold.FoldedCache(tiny_llama(head_dim=64), "kivi4-g32")
+    on_host = tiny_llama(head_dim=64)
+    host = kvfold.FoldedCache(on_host, "kivi4-g32")
     with torch.no_grad():
-        host._model()(input_ids=ids.cpu(), past_key_values=host)
+        on_host(input_ids=ids.cpu(), past_key_values=host)
     there = host.folded_layers[0].store
     share = (store.pool.slabs[0].cpu() != there.pool.slabs[0]).float().mean().item()
     assert share < 0.01, share

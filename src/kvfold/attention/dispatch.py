@@ -10,7 +10,7 @@ from kvfold.attention import paged, sparse
 from kvfold.cache.store import View
 
 #: modules with a kernel, by device type; imported when a device first needs them.
-KERNELS: dict[str, str] = {}
+KERNELS: dict[str, str] = {"cuda": "kvfold.kernels.triton.decode"}
 #: queries of a row from which a pass over packed history is the page walk's work, not a kernel's.
 MAX_QUERIES = 8
 

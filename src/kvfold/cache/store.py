@@ -7,6 +7,7 @@ k in slot `(k - sinks) % size`), and when a block leaves the window it is coded 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23, "mps": 1 << 21}
 
 #: modules that encode blocks of some codecs (`serves`) in fewer passes, by device type; the bytes
 #: are those of `BoundCodec.encode` but for ties. Imported when a device first needs them.
-ENCODERS: dict[str, str] = {}
+ENCODERS = {"cuda": "kvfold.kernels.triton.fold"} if find_spec("triton") else {}
 
 
 @dataclass(frozen=True)

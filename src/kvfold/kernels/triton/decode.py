@@ -22,6 +22,7 @@ from torch import Tensor
 from kvfold.cache.pool import Pool
 from kvfold.cache.store import LayerStore, View
 from kvfold.cache.timeline import Located
+from kvfold.kernels import cuda
 from kvfold.kernels.lowering import NotLoweredError, Operand, lower_keys, lower_values
 from kvfold.kernels.triton import unpack
 from kvfold.kernels.triton.loop import LOG2E, decode_kernel
@@ -158,6 +159,7 @@ class Layer:
     constants: dict[str, object]  #: compile-time arguments of the decode kernel
     store: "weakref.ref[LayerStore]"
     cost: tuple[int, ...] = ()
+    native: cuda.Native | None = None  #: tables of the CUDA kernels; None where Triton's are used
 
     @property
     def pool(self) -> Pool:
@@ -240,7 +242,7 @@ def _lower(store: LayerStore) -> Layer:
         "MEAN": mean is not None,
     }
     columns = [sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
-    return Layer(
+    layer = Layer(
         k,
         v,
         heads,
@@ -254,7 +256,23 @@ def _lower(store: LayerStore) -> Layer:
         None if mean is None else mean.to(torch.float16).contiguous(),
         constants,
         weakref.ref(store),
-        cost=tuple(48 + c for c in columns),
+        cost=tuple(150 + c for c in columns),
+    )
+    if runs_natively(device):
+        layer.native = cuda.native(layer)
+    if layer.native is None and v.chunks[2] and block == 128 and not interpreted():
+        # their operands' registers lie otherwise than `unpack.assembly` takes them to
+        raise NotLoweredError("values with columns of one bit are read on sm_90 and newer only")
+    return layer
+
+
+def runs_natively(device: torch.device) -> bool:
+    """Whether the device runs kernels of `kvfold.kernels.cuda`."""
+    return (
+        device.type == "cuda"
+        and not torch.version.hip
+        and hasattr(torch.cuda, "_compile_kernel")
+        and torch.cuda.get_device_capability(device) >= (9, 0)
     )
 
 
@@ -336,6 +354,7 @@ class Work:
     parts: Tensor  #: [heads] splits of each head
     splits: int
     exact_splits: int
+    sms: int  #: multiprocessors
     addresses: Tensor
     query: Tensor
     z: Tensor
@@ -370,6 +389,7 @@ def _work(
     device: torch.device, tuning: Tuning,
 ) -> Work:  # fmt: skip
     c = layer.constants
+    capacity = _power_of_two(max(capacity, 1)) if capacity else 0  # few sizes, not one a page
     key = (
         device, rows, tiles, m, capacity, exact, tuning, layer.heads, layer.block, layer.value_dim,
         layer.cost, layer.key.columns, layer.value.columns, c["V_GROUPS"], c["PAGED"],
@@ -377,9 +397,7 @@ def _work(
     )  # fmt: skip
     if key in _WORK:
         return _WORK[key]
-    sms = 132
-    if device.type == "cuda":
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
+    sms = _multiprocessors(device)
     parts, items = _plan(layer, rows, tiles, capacity, exact, tuning, sms)
     splits, exact_splits = max(parts), -(-exact // EXACT_TOKENS)
     places = rows * tiles * layer.heads
@@ -389,7 +407,10 @@ def _work(
         return torch.empty(shape, dtype=dtype, device=device)
 
     def numbers(x: Sequence[object]) -> Tensor:
-        return torch.tensor(x, dtype=torch.int32).to(device)
+        made = torch.tensor(x, dtype=torch.int32)
+        if device.type == "cuda":  # nothing waits
+            return made.pin_memory().to(device, non_blocking=True)
+        return made
 
     half = torch.float16
     paged, segments = bool(c["PAGED"]), int(c["SEGMENTS"])  # type: ignore[call-overload]
@@ -400,9 +421,10 @@ def _work(
             numbers(parts),
             splits,
             exact_splits,
+            sms,
             empty(rows, pages, dtype=torch.int64),
-            empty(places, pages if paged else 1, m, layer.key.columns, dtype=half),
-            empty(places, pages if paged or segments > 1 else 1, segments, m),
+            empty(places, pages if paged else 1, max(m, cuda.TILE), layer.key.columns, dtype=half),
+            empty(places, pages if paged or segments > 1 else 1, 2 * segments, m),
             empty(places, pages if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(places, splits, m, layer.value.columns),
             empty(places, splits, 2 + 2 * groups, m),
@@ -453,14 +475,14 @@ def decode(
     Returns:
         `[rows, query_heads, queries, value_dim]` in the dtype of `q`; zeros for padding queries.
     """
-    tuning = tuning or choose(layer)
     rows, query_heads, queries, _ = q.shape
     group = query_heads // layer.heads
-    m = min(TILE, group * queries)
+    m = min(TILE if layer.native is None else cuda.TILE, group * queries)
     tiles = -(-group * queries // m)
     mean_n = max(2, _power_of_two(m))
     exact = exact_keys.shape[2]
     capacity = located.table.shape[1]
+    tuning = tuning or choose(layer, rows * tiles * layer.heads * capacity, m, q.device)
     if out is None:
         out = torch.empty(
             rows, query_heads, queries, layer.value_dim, dtype=q.dtype, device=q.device
@@ -469,9 +491,22 @@ def decode(
     c = layer.constants
     places = rows * tiles * layer.heads
     none = layer.table
-    scale = scaling * LOG2E.value
+    scale = float(scaling) * LOG2E.value
     key, value = layer.key, layer.value
-    if capacity:
+    if capacity and layer.native is not None and layer.native.whole_keys:
+        arguments = (
+            q, layer.table, layer.native.tables, key.center, layer.native.reach,
+            layer.rope if layer.rope is not None else none,
+            located.table, located.block, located.folded, located.first, layer.pool.addresses,
+            work.addresses, work.query, work.z, work.scores, capacity, layer.pool.slab_pages,
+            layer.page_bytes, query_heads, queries, group, tiles, layer.sinks,
+        )  # fmt: skip
+        cuda.prepare(
+            layer, places, capacity, work.sms, arguments, (scale, 2.0**-key.exponent),
+            m=m, mean_n=mean_n, dtype=q.dtype,
+        )  # fmt: skip
+    elif capacity:
+        segments, z = (1, False) if layer.native is not None else (c["SEGMENTS"], c["Z"])
         p_m = _power_of_two(m)
         run = 64 // p_m
         prepare_kernel[(places, -(-capacity // run))](
@@ -485,20 +520,47 @@ def decode(
             query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
             HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,
             C=key.columns, P_C=64 * -(-key.columns // 64), B=layer.block, PAGES=run,
-            PAGED=c["PAGED"], SEGMENTS=c["SEGMENTS"], Z=c["Z"], MEAN=c["MEAN"],
-            TURN=layer.rope is not None, num_warps=4,
+            PAGED=c["PAGED"], SEGMENTS=segments, Z=z, MEAN=c["MEAN"],
+            TURN=layer.rope is not None, PLAIN=interpreted(), num_warps=4,
         )  # fmt: skip
-    decode_kernel[(len(work.items), rows * tiles)](
-        work.items, layer.table, located.folded, work.addresses, capacity,
-        work.query, work.z, work.scores,
-        key.levels if key.levels is not None else none,
-        value.levels if value.levels is not None else none,
-        q, exact_keys, exact_values, tokens, query_tokens, exact,
-        query_heads, queries, group, tiles, scale, (softcap or 0.0) * LOG2E.value,
-        work.sums, work.state, work.exact, work.exact_state, work.splits, work.exact_splits,
-        N=TILE, M=m, MEAN_N=mean_n, CAP=softcap is not None, EXACT_TOKENS=EXACT_TOKENS,
-        DTYPE=DTYPES[q.dtype], STAGES=tuning.stages, **c, num_warps=layer.block // 64,
-    )  # fmt: skip
+    grid = (len(work.items), rows * tiles)
+    if layer.native is not None:
+        arguments = (
+            work.items, layer.table, located.folded, work.addresses, capacity,
+            work.query, work.z, work.scores, q, exact_keys, exact_values, tokens, query_tokens,
+            exact, query_heads, queries, group, tiles, scale,
+            (softcap or 0.0) * LOG2E.value, work.sums, work.state, work.exact, work.exact_state,
+            work.splits, work.exact_splits,
+        )  # fmt: skip
+        cuda.attend(
+            layer, grid, arguments, m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype
+        )
+    else:
+        decode_kernel[grid](
+            work.items, layer.table, located.folded, work.addresses, capacity,
+            work.query, work.z, work.scores,
+            key.levels if key.levels is not None else none,
+            value.levels if value.levels is not None else none,
+            q, exact_keys, exact_values, tokens, query_tokens, exact,
+            query_heads, queries, group, tiles, scale, (softcap or 0.0) * LOG2E.value,
+            work.sums, work.state, work.exact, work.exact_state, work.splits, work.exact_splits,
+            N=TILE, M=m, MEAN_N=mean_n, CAP=softcap is not None, EXACT_TOKENS=EXACT_TOKENS,
+            DTYPE=DTYPES[q.dtype], STAGES=tuning.stages, **c, num_warps=layer.block // 64,
+        )  # fmt: skip
+    if layer.native is not None:
+        arguments = (
+            work.sums, work.state, work.exact, work.exact_state, work.parts,
+            value.matrix, value.gain, value.center,
+            value.operand.offset if value.operand.offset is not None else none,
+            value.operand.mean if value.operand.mean is not None else none,
+            sink_logits.to(q.dtype) if sink_logits is not None else none, query_tokens, out,
+            work.splits, work.exact_splits, query_heads, queries, group, tiles,
+        )  # fmt: skip
+        cuda.merge(
+            layer, places, arguments, work.splits + work.exact_splits, 2.0**-value.exponent,
+            m=m, sms=work.sms, sink_logits=sink_logits is not None, dtype=q.dtype,
+        )  # fmt: skip
+        return out
     per = 1 if places * m <= 512 else m
     per = _power_of_two(per)
     merge_kernel[(places, -(-m // per))](
@@ -517,9 +579,22 @@ def decode(
     return out
 
 
-def choose(layer: Layer) -> Tuning:
-    """How launches of a layer are cut."""
-    return Tuning()
+def choose(layer: Layer, pages: int, m: int, device: torch.device) -> Tuning:
+    """How launches of a layer are cut: `pages` of a head in all, m queries a program."""
+    if layer.native is None:
+        return Tuning()
+    cut = cuda.shared(layer, m, max(2, _power_of_two(m)))
+    # twice as many programs as there is room for even out heads of different widths, where each
+    # warp has a few pages still
+    few = pages < 8 * cut.warps * cut.programs * _multiprocessors(device)
+    return Tuning(programs=cut.programs if few else 2 * cut.programs)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Of a device; of an H100 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # --- the dispatcher's contract ---------------------------------------------------------------

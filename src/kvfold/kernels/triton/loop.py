@@ -150,11 +150,11 @@ def chunk_values(x, p, levels_ptr, ASM: tl.constexpr, WIDTH: tl.constexpr,
 
 
 @triton.jit
-def load_queries(at, have, CHUNKS: tl.constexpr):
-    """Operands `[16, N]` of the prepared query, one a chunk of columns."""
+def load_queries(at, have, CHUNKS: tl.constexpr, M: tl.constexpr):
+    """Operands `[16, N]` of the prepared query `[CHUNKS, M, 16]`, one a chunk of columns."""
     q = ()
     for j in tl.static_range(CHUNKS):
-        q = q + (tl.load(at + j * 16, mask=have, other=0.0),)
+        q = q + (tl.load(at + j * (16 * M), mask=have, other=0.0),)
     return q
 
 
@@ -324,7 +324,7 @@ def decode_kernel(
             zero = tl.zeros([W, 16, N], tl.float32)
             column = tl.arange(0, 16)
             have = (n < M)[None, :]
-            chunk = n[None, :] * C + column[:, None]
+            chunk = n[None, :] * 16 + column[:, None]
             warp = tl.arange(0, W)
             lane = (warp * 16)[:, None, None] + tl.arange(0, 16)[None, :, None]
             q_row = place.to(tl.int64)
@@ -336,7 +336,7 @@ def decode_kernel(
                 z_ptr += q_row * (capacity * (SEGMENTS * M) if (PAGED or SEGMENTS > 1) else M)
             if MEAN:
                 mean_ptr += q_row * capacity * (B * MEAN_N)
-            q = load_queries(q_ptr + chunk, have, 0 if PAGED else K4 + K2 + K1)
+            q = load_queries(q_ptr + chunk, have, 0 if PAGED else K4 + K2 + K1, M)
             out = ()
             for j in tl.static_range(V4 + V2 + V1):
                 out = out + (zero,)
@@ -357,7 +357,7 @@ def decode_kernel(
                 qs = q
                 if PAGED:
                     at = q_ptr + tl.cast(i, tl.int64) * (M * C)
-                    qs = load_queries(at + chunk, have, K4 + K2 + K1)
+                    qs = load_queries(at + chunk, have, K4 + K2 + K1, M)
                 s = zeros4(W, N)
                 x4 = load_section(page, k4_at, k4, K4, 4, W, True, K_WHOLE)
                 x2 = load_section(page, k2_at, k2, K2, 2, W, True, K_WHOLE)

@@ -8,17 +8,32 @@
 import triton
 import triton.language as tl
 
+COS = tl.constexpr("cos.approx.ftz.f32 $0, $1;")
+SIN = tl.constexpr("sin.approx.ftz.f32 $0, $1;")
+
 
 @triton.jit
-def turn_back(q, partner, sign, position, freq):
-    """R_n^-1 q: the angle is rounded to float32 as the model rounds it, then reduced exactly."""
+def near(x, ASM: tl.constexpr, PLAIN: tl.constexpr):
+    """Cosine or sine of -pi to pi: within 2^-20.9 by the device's instruction."""
+    if PLAIN:
+        return tl.cos(x) if ASM == COS else tl.sin(x)
+    else:
+        return tl.inline_asm_elementwise(ASM, "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def turn_back(q, partner, sign, position, freq, PLAIN: tl.constexpr):
+    """R_n^-1 q: the angle is rounded to float32 as the model rounds it, then reduced exactly.
+
+    PLAIN: without inline assembly, as Triton's interpreter needs it.
+    """
     angle = position * freq
     turns = tl.floor(angle * 0.15915494309189535 + 0.5)
     # 2 pi in three parts, the first of which times a whole number of turns is exact
     angle = tl.fma(turns, -6.28125, angle)
     angle = tl.fma(turns, -0.0019350051879882812, angle)
     angle = tl.fma(turns, -3.0199159819930186e-07, angle)
-    return q * tl.cos(angle) + partner * sign * tl.sin(angle)
+    return q * near(angle, COS, PLAIN) + partner * sign * near(angle, SIN, PLAIN)
 
 
 @triton.jit
@@ -31,13 +46,13 @@ def prepare_kernel(
     HEADS: tl.constexpr, M: tl.constexpr, P_M: tl.constexpr, MEAN_N: tl.constexpr,
     D: tl.constexpr, C: tl.constexpr, P_C: tl.constexpr, B: tl.constexpr, PAGES: tl.constexpr,
     PAGED: tl.constexpr, SEGMENTS: tl.constexpr, Z: tl.constexpr, MEAN: tl.constexpr,
-    TURN: tl.constexpr,
+    TURN: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """One run of PAGES pages of one row and KV head, for up to M queries of the head's group.
 
-    Grid `(rows * tiles * HEADS, runs of pages)`. Writes columns' queries (float16; once a page if
-    PAGED, else by the first run alone), gain terms (float32) and the mean's scores (float16). The
-    products are float16 x float16 with float32 sums.
+    Grid `(rows * tiles * HEADS, runs of pages)`. Writes columns' queries (float16 `[chunks of 16,
+    M, 16]`; once a page if PAGED, else by the first run alone), gain terms (float32) and the mean's
+    scores (float16). The products are float16 x float16 with float32 sums.
     """
     P_D: tl.constexpr = triton.next_power_of_2(D)
     place = tl.program_id(0)
@@ -78,32 +93,34 @@ def prepare_kernel(
             position = (tl.load(first_ptr + row) + sinks + block * B).to(tl.float32)
             turned = turn_back(
                 q[None], other[None], sign[None, None, :], position[:, None, None],
-                freq[None, None, :],
+                freq[None, None, :], PLAIN,
             ).reshape(PAGES * P_M, P_D)  # fmt: skip
         else:
             turned = still
         wide = r_page.to(tl.int64)
         if PAGED:
             columns_q = turned
-            out_at = out_ptr + ((place.to(tl.int64) * capacity + wide) * M + r_n) * C
+            out_at = out_ptr + (place.to(tl.int64) * capacity + wide) * (M * C) + r_n * 16
             z_at = z_ptr + (place.to(tl.int64) * capacity + wide) * M + r_n
             mine = r_there
         else:
             columns_q = still
-            out_at = out_ptr + (place.to(tl.int64) * M + r_n) * C
+            out_at = out_ptr + place.to(tl.int64) * (M * C) + r_n * 16
             z_at = z_ptr + place.to(tl.int64) * M + r_n
             mine = (r < P_M) & (r_n < M) & (run == 0)
         if PAGED | (run == 0):
             half = columns_q.to(tl.float16)
             z = tl.zeros([PAGES * P_M], tl.float32)
-            for c0 in range(0, P_C, 64):
+            for c0 in tl.range(0, P_C, 64, num_stages=1):
                 c = c0 + tl.arange(0, 64)
                 matrix = tl.load(
                     matrix_ptr + (head * D + d[:, None]) * C + c[None, :],
                     mask=(d[:, None] < D) & (c[None, :] < C), other=0.0,
                 )  # fmt: skip
                 found = (tl.dot(half, matrix) * unscale).to(tl.float16)
-                tl.store(out_at[:, None] + c[None, :], found, mask=mine[:, None] & (c[None, :] < C))
+                # chunks of 16 columns one after the other, each with all M queries
+                at = (c // 16 * (16 * M) + c % 16)[None, :]
+                tl.store(out_at[:, None] + at, found, mask=mine[:, None] & (c[None, :] < C))
                 if Z and SEGMENTS == 1:
                     # digits are about their middle: what rounding did to the query cancels there
                     center = tl.load(center_ptr + head * C + c, mask=c < C, other=0.0)
@@ -125,7 +142,7 @@ def prepare_kernel(
         if MEAN:
             half = turned.to(tl.float16)
             at = scores_ptr + (place.to(tl.int64) * capacity + wide) * (B * MEAN_N) + r_n
-            for t0 in range(0, B, 64):
+            for t0 in tl.range(0, B, 64, num_stages=1):
                 t = t0 + tl.arange(0, 64)
                 means = tl.load(
                     mean_ptr + (head * B + t[:, None]) * D + d[None, :], mask=d[None, :] < D,

@@ -1,0 +1,341 @@
+"""Decode attention in CUDA C++ for sm_90 and newer, compiled at the first call by NVRTC.
+
+They take the places of the kernels of `kvfold.kernels.triton` where `refuses` says nothing: a warp
+walks whole pages, so that mixed widths cost what the columns of a head cost.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.packing import SECTIONS
+
+SOURCES = {name: Path(__file__).parent / f"{name}.cu" for name in ("prepare", "attend", "merge")}
+#: queries of a program: with two bytes each, the eight columns of a product.
+TILE = 4
+#: warps of a multiprocessor that registers leave room for, and of a program: those that make most.
+WARPS, WARPS_OF_PROGRAM = 16, (4, 2, 1)
+#: warps from which keys and values have a buffer each.
+APART_FROM = 14
+BLOCK = 128
+#: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
+SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+#: pages that the warps of a program of `prepare.cu` take at once
+PREPARE_PAGES = 64
+MERGE_THREADS, MERGE_GROUPS = 512, 4
+
+
+@dataclass
+class Native:
+    """What the kernels need of a layer, and the compiled kernels.
+
+    Args:
+        whole_keys: keys are products of bytes; their queries come from `prepare.cu`.
+        tables: float16 `[heads, tiles, D / 16, 32, 8]` operands of its products; else None.
+        reach: float32 `[heads]` length of the longest column of the key matrix.
+        kernels: by number of queries, of dtype, and whether scores are capped.
+    """
+
+    whole_keys: bool
+    tables: Tensor | None
+    reach: Tensor | None
+    kernels: dict[Any, Any]
+
+
+def native(layer: Any) -> "Native | None":
+    """The tables of a layer that these kernels read; None where they refuse it.
+
+    Args:
+        layer: `kvfold.kernels.triton.decode.Layer`.
+    """
+    if refuses(layer) is not None:
+        return None
+    if not whole_keys(layer):
+        return Native(False, None, None, {})
+    key = layer.key
+    rows = key.matrix.mT  # [heads, columns, dim], times 2^exponent
+    gain = torch.zeros_like(rows[:, :16])
+    gain[:, 0] = layer.key.gain.half()
+    gain[:, 1] = (layer.key.gain - layer.key.gain.half().float()).half()
+    parts = [rows, gain] if layer.mean is None else [rows, gain, layer.mean]
+    reach = rows.float().norm(dim=-1).amax(-1) * 2.0**-key.exponent
+    return Native(True, operands(torch.cat(parts, 1)), reach.float().contiguous(), {})
+
+
+def operands(rows: Tensor) -> Tensor:
+    """`[heads, 16 tiles, dim]` as a warp's registers `[heads, tiles, dim / 16, 32, 8]`.
+
+    Lane (g, c) has channels 4c to 4c + 3 of rows 4 (g / 2) + g % 2 and that + 2.
+    """
+    heads, count, dim = rows.shape
+    x = rows.reshape(heads, count // 16, 4, 2, 2, dim // 16, 4, 2, 2)
+    # tile, g / 2, which row, g % 2, step, c, half, channel -> tile, step, g, c, half, row, channel
+    x = x.permute(0, 1, 5, 2, 4, 6, 7, 3, 8)
+    return x.reshape(heads, count // 16, dim // 16, 32, 8).to(torch.float16).contiguous()
+
+
+def whole_keys(layer: Any) -> bool:
+    """Whether keys are digits whose steps hold for a page: products of bytes."""
+    return layer.key.levels is None and layer.constants["SEGMENTS"] == 1
+
+
+def refuses(layer: Any) -> str | None:
+    """Why these kernels cannot read a layer; None where they can."""
+    if layer.block != BLOCK:
+        return f"pages of {layer.block} tokens"
+    for side in (layer.key, layer.value):
+        starts = [first for head in side.operand.sections for first in head]
+        if any(start % 16 for start in starts):
+            return "sections that do not begin at a multiple of 16 bytes"
+        if any(count % 2 for head in side.operand.counts for count in head):
+            return "an odd number of columns"
+    at = [*layer.table[:, 12:16].flatten().tolist(), zero_at(layer)]
+    if any(byte % 16 for byte in at) or layer.page_bytes % 16:
+        return "gains that do not begin at a multiple of 16 bytes"
+    if not shared(layer, TILE, TILE).programs:
+        return "pages too large for a multiprocessor's shared memory"
+    if whole_keys(layer) and prepare_bytes(layer, TILE) > SHARED_OF_PROGRAM:
+        return "tables too large for a multiprocessor's shared memory"
+    return None
+
+
+def macros(layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype) -> dict[str, int | str]:
+    """The constants that `attend.cu` is compiled with.
+
+    Args:
+        layer: `kvfold.kernels.triton.decode.Layer`.
+        m: queries of a program, 1 to `TILE`.
+        mean_n: queries for which the mean's scores have room.
+        cap: whether scores are soft-capped.
+        dtype: of the exact states and of the queries.
+    """
+    c, cut = layer.constants, shared(layer, m, mean_n)
+    names = ("HEADS", "D_K", "D_V", "K4", "K2", "K1", "V4", "V2", "V1", "K_GAIN", "V_GAIN")
+    found: dict[str, int | str] = {name: int(c[name]) for name in names}
+    for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
+        found[name] = int(c[name])
+    found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype]}
+    found["ZERO_AT"] = zero_at(layer)
+    found |= {"K_WHOLE": int(layer.key.whole > 0), "APART": int(cut.apart)}
+    found |= {"WARPS": cut.warps, "PROGRAMS": cut.programs}
+    for name, side in (("K", layer.key), ("V", layer.value)):
+        found[f"{name}_LEVELS"] = int(side.levels is not None)
+        if side.levels is not None:
+            halves = side.levels.to(torch.float16).cpu().view(torch.int16).tolist()
+            for part, shift in (("LOW", 0), ("HIGH", 8)):
+                words = [
+                    sum(((halves[4 * i + j] >> shift) & 255) << 8 * j for j in range(4))
+                    for i in range(4)
+                ]
+                found[f"{name}_TABLE_{part}"] = ",".join(f"0x{w:08x}u" for w in words)
+    return found
+
+
+def zero_at(layer: Any) -> int:
+    """First byte of the zero points of keys, 0 where they have none."""
+    operand = layer.key.operand
+    return operand.bytes.get(operand.stored.page_zero or "", 0)
+
+
+def prepare_macros(
+    layer: Any, m: int, mean_n: int, dtype: torch.dtype, pages: int
+) -> dict[str, int | str]:
+    """The constants that `prepare.cu` is compiled with; `pages` of a warp, 4 or 8."""
+    c = layer.constants
+    return {
+        "HEADS": layer.heads,
+        "M": m,
+        "D": layer.key_dim,
+        "K4": int(c["K4"]),
+        "K2": int(c["K2"]),
+        "K1": int(c["K1"]),
+        "MEAN_N": mean_n,
+        "DTYPE": DTYPES[dtype],
+        "PAGED": int(c["PAGED"]),
+        "MEAN": int(c["MEAN"]),
+        "TURN": int(layer.rope is not None),
+        "PAGES": pages,
+        "ROPE_D": 0 if layer.rope is None else layer.rope.shape[1],
+    }
+
+
+def options(found: dict[str, int | str]) -> list[str]:
+    """They as options of a compiler."""
+    return [f"-D{name}={value}" for name, value in found.items()]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Shared memory of `attend.cu` in bytes, and how many programs have room at once.
+
+    Args:
+        warps: warps of a program; each walks pages of its own.
+        programs: programs of a multiprocessor.
+        apart: whether keys and values have a buffer each.
+        total: bytes of a program.
+        warp: bytes of a warp.
+        values_at: where in a warp's part its values begin.
+        sums_at: where its sums over columns begin.
+    """
+
+    warps: int
+    programs: int
+    apart: bool
+    total: int
+    warp: int
+    values_at: int
+    sums_at: int
+
+
+def shared(layer: Any, m: int, mean_n: int) -> Shared:
+    """How a multiprocessor's shared memory is cut: the most warps, two buffers if few are lost."""
+    one, two = (_shared(layer, m, mean_n, apart) for apart in (False, True))
+    return two if two.warps * two.programs >= APART_FROM else one
+
+
+def _shared(layer: Any, m: int, mean_n: int, apart: bool) -> Shared:
+    c = layer.constants
+    q = query_bytes(layer, m)
+    keys, values = (
+        max(sum(n * w * 16 for n, w in zip(head, SECTIONS, strict=True)) for head in side.counts)
+        for side in (layer.key.operand, layer.value.operand)
+    )
+    # a step and a zero point for each segment and channel, or a gain a token
+    extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
+    columns_at = 16 + extra + q * c["PAGED"] + BLOCK * mean_n * 2 * c["MEAN"]
+    weights = BLOCK * c["V_GROUPS"] * (c["V_GAIN"] + 2 * c["V_OFFSET"])
+    # a section's last chunks are read whole: 32 columns of keys, 16 of values
+    values_whole = max(values + weights, values + (0 if layer.value.whole else 1024))
+    values_at = up(columns_at + keys, 128) if apart else columns_at
+    sums_at = up(max(values_at + values_whole, columns_at + keys + 1024), 128)
+    ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
+    warp = up(sums_at + layer.value.columns * TILE * 4 + ends, 128)
+    exact = (4 * max(layer.key_dim, 2 * layer.value_dim) + 5 * 64) * 4
+    best = None
+    for warps in WARPS_OF_PROGRAM:
+        total = max((0 if c["PAGED"] else up(q, 128)) + warps * warp, exact)
+        programs = min(WARPS // warps, SHARED // (total + RESERVED))
+        if best is None or programs * warps > best.programs * best.warps:
+            best = Shared(warps, programs, apart, total, warp, values_at, sums_at)
+    assert best is not None
+    return best
+
+
+def query_bytes(layer: Any, m: int) -> int:
+    """Bytes of the columns' queries of a page and program."""
+    return layer.key.columns * (2 * TILE if whole_keys(layer) else 2 * m)
+
+
+def prepare_bytes(layer: Any, m: int) -> int:
+    """Shared memory of `prepare.cu`."""
+    dim, columns = layer.key_dim, layer.key.columns
+    tiles = columns // 16 + 1 + (BLOCK // 16 if layer.constants["MEAN"] else 0)
+    return tiles * dim * 32 + (2 * m * (dim + 16) + columns + 4 + 2 * PREPARE_PAGES * dim + 4) * 4
+
+
+def up(n: int, to: int) -> int:
+    """N rounded up to a multiple."""
+    return -(-n // to) * to
+
+
+@functools.cache
+def compiled(name: str, found: tuple[tuple[str, int | str], ...], total: int, device: int) -> Any:
+    """A kernel for these constants, with that much shared memory."""
+    with torch.cuda.device(device):
+        kernel = torch.cuda._compile_kernel(  # type: ignore[attr-defined]
+            SOURCES[name].read_text(encoding="utf-8"), name, nvcc_options=options(dict(found))
+        )
+        kernel.set_shared_memory_config(total)
+    return kernel
+
+
+def prepare(
+    layer: Any, places: int, pages: int, sms: int, arguments: Sequence[Any],
+    factors: Sequence[float], *, m: int, mean_n: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Launch `prepare.cu` for `places` rows and heads of up to `pages` pages.
+
+    Args:
+        layer: `kvfold.kernels.triton.decode.Layer`.
+        places: rows x tiles x heads.
+        pages: capacity of a row.
+        sms: multiprocessors of the device.
+        arguments: all but the pages of a run and the factors.
+        factors: on queries, and on products with the matrix.
+        m: queries of a program.
+        mean_n: queries for which the mean's scores have room.
+        dtype: of the queries.
+    """
+    run = up(-(-places * pages // sms), 4)
+    each = 8 if run >= PREPARE_PAGES else 4
+    key = ("prepare", m, dtype, each)
+    if key not in layer.native.kernels:
+        total = prepare_bytes(layer, m)
+        found = tuple(prepare_macros(layer, m, mean_n, dtype, each).items())
+        kernel = compiled("prepare", found, max(total, 49_152), layer.table.device.index or 0)
+        layer.native.kernels[key] = kernel, total
+    kernel, total = layer.native.kernels[key]
+    run = up(run, each)
+    grid, block = (places, -(-pages // run), 1), (32 * PREPARE_PAGES // each, 1, 1)
+    kernel(grid, block, [*arguments, run, *factors], shared_mem=total)
+
+
+def attend(
+    layer: Any, grid: tuple[int, int], arguments: Sequence[Any], *, m: int, mean_n: int,
+    cap: bool, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Launch `attend.cu` with the arguments that come before the sizes of shared memory."""
+    key = ("attend", m, dtype, cap)
+    if key not in layer.native.kernels:
+        cut = shared(layer, m, mean_n)
+        found = tuple(macros(layer, m, mean_n, cap, dtype).items())
+        kernel = compiled("attend", found, max(cut.total, 49_152), layer.table.device.index or 0)
+        layer.native.kernels[key] = kernel, cut
+    kernel, cut = layer.native.kernels[key]
+    sizes = cut.warp, cut.values_at, cut.sums_at
+    kernel((*grid, 1), (32 * cut.warps, 1, 1), [*arguments, *sizes], shared_mem=cut.total)
+
+
+def merge(
+    layer: Any, places: int, arguments: Sequence[Any], splits: int, unscale: float, *, m: int,
+    sms: int, sink_logits: bool, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Launch `merge.cu` for `places` rows and heads, whose records have room for `splits`.
+
+    A program takes one query where that leaves multiprocessors idle otherwise.
+    """
+    per = 1 if places * m <= sms else m
+    key = ("merge", m, per, dtype, sink_logits)
+    c, dim = layer.constants, layer.value_dim
+    parts = 2 * MERGE_THREADS // dim
+    columns = layer.value.columns
+    fixed = (columns * (1 + MERGE_GROUPS) + parts * dim + 4 + 2 * c["V_GROUPS"]) * per
+    total = 4 * (fixed + splits * per + 64)
+    if total > SHARED_OF_PROGRAM:
+        raise ValueError(f"{splits} splits do not fit into a multiprocessor's shared memory")
+    if key not in layer.native.kernels:
+        found: dict[str, int | str] = {
+            "HEADS": layer.heads,
+            "M": m,
+            "PER": per,
+            "D": dim,
+            "C": layer.value.columns,
+            "GROUPS": c["V_GROUPS"],
+            "DTYPE": DTYPES[dtype],
+            "GAIN_SUM": int(c["V_GAIN_SUM"]),
+            "OFFSET": int(c["V_OFFSET"]),
+            "MEAN": int(layer.value.operand.mean is not None),
+            "SINK_LOGITS": int(sink_logits),
+        }
+        device = layer.table.device.index or 0
+        kernel = compiled("merge", tuple(found.items()), SHARED_OF_PROGRAM, device)
+        layer.native.kernels[key] = kernel
+    layer.native.kernels[key](
+        (places, -(-m // per), 1), (MERGE_THREADS, 1, 1), [*arguments, unscale], shared_mem=total
+    )

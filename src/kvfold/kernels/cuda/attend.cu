@@ -1,0 +1,872 @@
+// Decode attention on packed pages for sm_90: a warp walks whole pages on its own.
+//
+// One item of work is a run of a head's pages for one row and up to 8 queries of the head's group, or
+// 64 of the row's exact tokens. Bulk copies bring what a warp reads of a page into its part of shared
+// memory: keys, and once the scores are done the next page's keys; values likewise. Registers of
+// packed words are the operands of products after one `and` a field: field f of a 16-bit lane is the
+// subnormal float16 number digit * 2^(position - 24). Products are float16 x float16 with float32 sums.
+//
+//   scores   A = keys   [16 tokens x 32 columns],  B = queries [32 columns x 8]
+//   values   A = values [16 columns x 32 tokens],  B = weights [32 tokens x 8]
+//
+// Digits are bytes of an operand after one `and` (keys: a byte permutation before it). Queries and
+// weights are 16-bit fixed-point numbers whose two bytes are neighbouring columns of B: four queries
+// fill its eight, the sums are exact in int32, and a thread holds the scores of one query. Codes with
+// tables, and keys whose steps change within a page, are products of float16 instead, queries twice.
+//
+// The order of columns within a product is free, that of tokens too: a thread (g = lane / 4,
+// c = lane % 4) takes columns 4c..4c+3, so that eight bytes of a row are two registers, and tokens of
+// row g are `4 (g / 2) + g % 2 + 2 (g / 2 % 2)`, of row g + 8 that ^ 2, so that rows lie in different
+// banks and the weights, transposed by movmatrix, are those of tokens 4c..4c+3.
+//
+// Constants come as macros, see __init__.py: WARPS, PROGRAMS, HEADS, M, D_K, D_V, K4.. (slots of 16 columns of a
+// section), K_WHOLE (sections are multiples of 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS..,
+// ZERO_AT (first byte of keys' zero points),
+// and flags.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned char u8;
+typedef unsigned short u16;
+
+#define BLOCK 128           // tokens of a page
+#define EXACT 64            // exact tokens of an item
+#define LOWEST (-1.0e30f)
+#define LOG2E 1.4426950408889634f
+#define KC (K4 + K2 + K1)   // slots of key chunks
+#define VC (V4 + V2 + V1)
+#define STATE (2 + 2 * V_GROUPS)
+#define EXACT_WORDS (4 * (D_K > 2 * D_V ? D_K : 2 * D_V))
+#define WHOLE_KEYS (!K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
+#define WHOLE_VALUES (!V_LEVELS)
+
+// --- instructions --------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ float exp2_(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ u32 half2_of(float low, float high) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+__device__ __forceinline__ float float_of_half(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+__device__ __forceinline__ u32 times2(u32 a, u32 b) {
+    u32 y;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+__device__ __forceinline__ u32 transposed(u32 x) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) {
+    u32 y;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
+    return y;
+}
+__device__ __forceinline__ void product(float* d, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// int32 += unsigned bytes x signed (queries) or unsigned (weights) bytes
+__device__ __forceinline__ void product_q(int* d, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void product_p(int* d, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred p; again%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra again%=; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ uint2 pair(const u8* p) { return *(const uint2*)p; }
+
+// --- digits --------------------------------------------------------------------------------------
+
+// position in the mantissa of each field, by width
+__device__ constexpr int position(int width, int f) {
+    return width == 4 ? 4 * (f & 1) : width == 2 ? 2 * f : f;
+}
+__device__ __forceinline__ float power(int n) { return __int_as_float((127 + n) << 23); }
+// float16 2^n in both halves, 2^-14 to 2^15
+__device__ constexpr u32 power2(int n) { return (u32)((n + 15) << 10) * 0x10001u; }
+
+// values of a table of 16 float16 numbers: bytes are looked up, upper and lower bytes apart
+struct Table {
+    u32 low[4], high[4];
+};
+#if K_LEVELS
+__device__ constexpr Table K_TABLE = {{K_TABLE_LOW}, {K_TABLE_HIGH}};
+#else
+__device__ constexpr Table K_TABLE = {};
+#endif
+#if V_LEVELS
+__device__ constexpr Table V_TABLE = {{V_TABLE_LOW}, {V_TABLE_HIGH}};
+#else
+__device__ constexpr Table V_TABLE = {};
+#endif
+
+// The four quarters of two columns' words, where a column has four digits in 16 bits
+__device__ __forceinline__ void look_up(u32* out, u32 x, const Table& t) {
+    u32 low[2], high[2];
+    u32 without = x & 0x77777777u;
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+        u32 sign = (column ? x >> 16 : x) & 0x8888u;
+        u32 which = column ? without >> 16 : without;
+        // nibble 9 spreads the sign of byte 1, nibble 0 is byte 0: ones where the top bit is set
+        u32 mask = bytes_of(0x00008000u, 0u, sign | sign >> 3);
+        u32 a = bytes_of(t.low[0], t.low[1], which), b = bytes_of(t.low[2], t.low[3], which);
+        low[column] = (mask & b) | (~mask & a);
+        a = bytes_of(t.high[0], t.high[1], which), b = bytes_of(t.high[2], t.high[3], which);
+        high[column] = (mask & b) | (~mask & a);
+    }
+    u32 a = bytes_of(low[0], high[0], 0x5140), b = bytes_of(low[0], high[0], 0x7362);
+    u32 c = bytes_of(low[1], high[1], 0x5140), d = bytes_of(low[1], high[1], 0x7362);
+    out[0] = bytes_of(a, c, 0x5410), out[1] = bytes_of(a, c, 0x7632);
+    out[2] = bytes_of(b, d, 0x5410), out[3] = bytes_of(b, d, 0x7632);
+}
+
+// operands of the four quarters from the four registers of words, shifted to the tokens' part:
+// float16 values of a table, or the subnormal numbers digit * 2^(position - 24)
+template <int WIDTH, bool LEVELS>
+__device__ __forceinline__ void quarters(u32 (*a)[4], const u32* x, const Table& t) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        if (LEVELS) {
+            u32 word = x[r];
+            if (WIDTH < 4) {  // spread digits to nibbles: tables have 16 entries
+                word &= WIDTH == 2 ? 0x00ff00ffu : 0x000f000fu;
+                if (WIDTH == 2) {
+                    word = (word | word << 4) & 0x0f0f0f0fu;
+                    word = (word | word << 2) & 0x33333333u;
+                } else {
+                    word = (word | word << 6) & 0x03030303u;
+                    word = (word | word << 3) & 0x11111111u;
+                }
+            }
+            u32 out[4];
+            look_up(out, word, t);
+#pragma unroll
+            for (int f = 0; f < 4; ++f) a[f][r] = out[f];
+        } else {
+            u32 upper = WIDTH == 4 ? x[r] >> 8 : x[r];
+#pragma unroll
+            for (int f = 0; f < 4; ++f)
+                a[f][r] = (f < 2 ? x[r] : upper) &
+                          (u32)(((1 << WIDTH) - 1) << position(WIDTH, f)) * 0x10001u;
+        }
+    }
+}
+
+// --- one section of a page -----------------------------------------------------------------------
+
+struct Lane {
+    int g, c, first, second;  // tokens of rows g and g + 8 within 16
+};
+
+// eight bytes of a row of a chunk of keys: columns 4c..4c+3; what lies behind the last is not used
+__device__ __forceinline__ uint2 row_of(const u8* words, int row, int have, int c) {
+    if (K_WHOLE || have == 16) return pair(words + row * 32 + c * 8);
+    const u32* x = (const u32*)(words + (row * have + 4 * c) * 2);
+    return make_uint2(x[0], x[1]);
+}
+
+// scores of 128 tokens for one query: s[half of the lanes][quarter][row g, row g + 8]
+template <int WIDTH>
+__device__ __forceinline__ void add_scores(float (*s)[4][2], const u8* words, int count,
+                                           const u8* queries, const Lane& l) {
+    const int ROWS = 8 * WIDTH, SETS = WIDTH == 4 ? 2 : 1;  // 16-bit words of a column
+    queries += l.g * 16 + l.c * 4;
+    int sums[2][4][4] = {};
+    const int shift = WIDTH == 1 ? 4 * (l.first >> 3) : 0;
+#pragma unroll 1
+    for (int j = 0; j < count; j += 32) {
+        u32 b[2], low[SETS][4], high[SETS][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            bool there = h == 0 || count > j + 16;
+            int have = K_WHOLE || !there ? 16 : min(count - j - 16 * h, 16);
+            b[h] = there ? *(const u32*)(queries + h * 128) : 0;
+#pragma unroll
+            for (int r = 0; r < SETS; ++r) {
+                uint2 x = row_of(words, (16 * r + l.first) % ROWS, have, l.c);
+                uint2 y = row_of(words, (16 * r + l.second) % ROWS, have, l.c);
+                low[r][2 * h] = bytes_of(x.x, x.y, 0x6420), high[r][2 * h] = bytes_of(x.x, x.y, 0x7531);
+                low[r][2 * h + 1] = bytes_of(y.x, y.y, 0x6420);
+                high[r][2 * h + 1] = bytes_of(y.x, y.y, 0x7531);
+            }
+            words += ROWS * 32;
+        }
+        queries += 256;
+        if (WIDTH == 1) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) low[0][i] >>= shift, high[0][i] >>= shift;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int f = 0; f < 4; ++f) {
+                const u32* x = WIDTH == 4 ? (f < 2 ? low[WIDTH == 4 ? r : 0] : high[WIDTH == 4 ? r : 0])
+                                          : (r == 0 ? low[0] : high[0]);
+                const u32 mask = (u32)(((1 << WIDTH) - 1) << position(WIDTH, f)) * 0x01010101u;
+                u32 a[4] = {x[0] & mask, x[1] & mask, x[2] & mask, x[3] & mask};
+                product_q(sums[r][f], a, b[0], b[1]);
+            }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int f = 0; f < 4; ++f)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                s[r][f][i] += (float)(sums[r][f][2 * i] * 256 + sums[r][f][2 * i + 1]) *
+                              power(-position(WIDTH, f));
+}
+
+// the same by products of float16; zeros: row k of a product is the zero points of segment k
+template <int WIDTH>
+__device__ __forceinline__ void add_scores_half(float (*s)[4][2], float* zeros, const u8* words,
+                                                int count, const u8* queries, const u8* steps,
+                                                const Lane& l) {
+    const int ROWS = 8 * WIDTH, SETS = WIDTH == 4 ? 2 : 1;
+    const int query = min(l.g >> 1, M - 1);
+    float sums[2][4][4] = {};
+    queries += query * 32 + l.c * 8;
+#pragma unroll 1
+    for (int j = 0; j * 16 < count; ++j) {
+        int have = K_WHOLE ? 16 : min(count - 16 * j, 16);
+        uint2 q = pair(queries + j * (M * 32));
+        u32 x[SETS][4];
+#pragma unroll
+        for (int r = 0; r < SETS; ++r) {
+            uint2 y = row_of(words, (16 * r + l.first) % ROWS, have, l.c);
+            uint2 z = row_of(words, (16 * r + l.second) % ROWS, have, l.c);
+            x[r][0] = y.x, x[r][2] = y.y, x[r][1] = z.x, x[r][3] = z.y;
+        }
+        words += ROWS * 32;
+        u32 b0[SEGMENTS], b1[SEGMENTS];
+#pragma unroll
+        for (int k = 0; k < SEGMENTS; ++k) {
+            b0[k] = q.x, b1[k] = q.y;
+            if (SEGMENTS > 1) {
+                uint2 step = pair(steps + (k * D_K + 16 * j + 4 * l.c) * 2);
+                b0[k] = times2(q.x, step.x), b1[k] = times2(q.y, step.y);
+            }
+        }
+        if (SEGMENTS > 1) {
+            uint2 zero = pair(steps + ((SEGMENTS + l.g % SEGMENTS) * D_K + 16 * j + 4 * l.c) * 2);
+            u32 a[4] = {zero.x, 0, zero.y, 0};
+            product(zeros, a, q.x, q.y);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            u32 y[4], a[4][4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                y[i] = WIDTH == 4   ? x[WIDTH == 4 ? r : 0][i]
+                       : WIDTH == 2 ? x[0][i] >> (8 * r)
+                                    : x[0][i] >> (4 * (2 * r + (l.first >> 3)));
+            quarters<WIDTH, K_LEVELS>(a, y, K_TABLE);
+#pragma unroll
+            for (int f = 0; f < 4; ++f)
+                product(sums[r][f], a[f], b0[f * SEGMENTS / 4], b1[f * SEGMENTS / 4]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int f = 0; f < 4; ++f)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                s[r][f][i] += sums[r][f][2 * i] * (K_LEVELS ? 1.0f : power(24 - position(WIDTH, f)));
+}
+
+__device__ __forceinline__ void add_sum(float* at, float alpha, float fresh) {
+    *at = *at * alpha + fresh;
+}
+
+// sums over the tokens of a page for columns: weights by the token pairs that share a byte mask.
+// Width 4: h[0 or 1][half of the lanes], quarters f and f + 2; else h[quarter][0], both halves
+template <int WIDTH>
+__device__ __forceinline__ void add_values(float* sums, const u8* words, int count,
+                                           const u32 (*h)[2], float unit, float alpha, const Lane& l) {
+    const int ROWS = 8 * WIDTH, SETS = WIDTH == 4 ? 2 : 1;
+    words += l.g * (ROWS * 2) + (WIDTH == 1 ? (l.c & 1) * 8 : l.c * 8);
+    sums += l.g * 4 + l.c;
+    const int part = WIDTH == 1 ? 4 * (l.c >> 1) : 0;
+#pragma unroll 2
+    for (int j = 0; j < count; j += 16) {
+        int fresh[2][4] = {};
+        u32 x[SETS][4];
+#pragma unroll
+        for (int r = 0; r < SETS; ++r) {
+            uint2 low = pair(words + 32 * r), high = pair(words + 8 * (ROWS * 2) + 32 * r);
+            x[r][0] = low.x, x[r][2] = low.y, x[r][1] = high.x, x[r][3] = high.y;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {  // quarters, or width 4: fields of halves
+            const int r = WIDTH == 4 ? k & 1 : 0, f = WIDTH == 4 ? k >> 1 : k;
+            const u32 mask = ((1 << WIDTH) - 1) * 0x01010101u;
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[i] = x[r][i] >> (WIDTH * f + part) & mask;
+            product_p(fresh[k & 1], a, h[k][0], h[k][1]);
+        }
+        add_sum(sums, alpha, (float)((fresh[0][0] + fresh[1][0]) * 256 + (fresh[0][1] + fresh[1][1])) * unit);
+        add_sum(sums + 32, alpha, (float)((fresh[0][2] + fresh[1][2]) * 256 + (fresh[0][3] + fresh[1][3])) * unit);
+        words += 16 * ROWS * 2, sums += 64;
+    }
+}
+
+// the same by products of float16; weights h[half of the lanes][quarter][2]
+template <int WIDTH>
+__device__ __forceinline__ void add_values_half(float* sums, const u8* words, int count,
+                                                const u32 (*h)[4][2], float alpha, const Lane& l) {
+    const int ROWS = 8 * WIDTH;
+    words += l.g * (ROWS * 2) + (WIDTH == 1 ? (l.c & 1) * 8 : l.c * 8);
+    sums += l.g * 4 + l.c;
+#pragma unroll 1
+    for (int j = 0; j < count; j += 16) {
+        float fresh[2][4] = {};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            u32 y[4], a[4][4];
+            uint2 low = pair(words + (WIDTH == 4 ? 32 * r : 0));
+            uint2 high = pair(words + 8 * (ROWS * 2) + (WIDTH == 4 ? 32 * r : 0));
+            y[0] = low.x, y[2] = low.y, y[1] = high.x, y[3] = high.y;
+            if (WIDTH < 4) {
+                int shift = WIDTH == 2 ? 8 * r : 4 * (2 * r + (l.c >> 1));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) y[i] >>= shift;
+            }
+            quarters<WIDTH, V_LEVELS>(a, y, V_TABLE);
+#pragma unroll
+            for (int f = 0; f < 4; ++f) product(fresh[r], a[f], h[r][f][0], h[r][f][1]);
+        }
+        add_sum(sums, alpha, fresh[0][0] + fresh[1][0]);
+        add_sum(sums + 32, alpha, fresh[0][2] + fresh[1][2]);
+        words += 16 * ROWS * 2, sums += 64;
+    }
+}
+
+// numbers of a thread's tokens: out[half of the lanes][quarter][row g, row g + 8]
+template <int BYTES, int GROUPS>
+__device__ __forceinline__ void numbers(float (*out)[4][2], const u8* field, int group, const Lane& l) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int f = 0; f < 4; ++f) {
+            const u8* at = field + (32 * f + 16 * r) * (BYTES * GROUPS) + group * BYTES;
+            if (BYTES == 1) {
+                u32 four = *(const u32*)(at + (l.first & 12));
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    // 2^23 + byte is made of bits, not converted
+                    u32 bits = bytes_of(four, 0x4B000000u, 0x7540u | ((i ? l.second : l.first) & 3));
+                    float y = exp2_(__uint_as_float(bits) * 0.0625f - (524288.0f + 8.0f));
+                    out[r][f][i] = bits == 0x4B000000u ? 0.0f : y;
+                }
+            } else {
+                out[r][f][0] = float_of_half(*(const u16*)(at + l.first * (2 * GROUPS)));
+                out[r][f][1] = float_of_half(*(const u16*)(at + l.second * (2 * GROUPS)));
+            }
+        }
+}
+
+__device__ __forceinline__ float soft_cap(float s, float cap) {
+    return cap - 2.0f * cap / (1.0f + exp2_(s * (2.0f * LOG2E / cap)));
+}
+
+// --- exact tokens --------------------------------------------------------------------------------
+
+#if DTYPE == 2
+typedef float State;
+__device__ __forceinline__ float wide(State x) { return x; }
+__device__ __forceinline__ float2 two(const State* p) { return *(const float2*)p; }
+#elif DTYPE == 1
+typedef u16 State;
+__device__ __forceinline__ float wide(State x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ float2 two(const State* p) {
+    u32 x = *(const u32*)p;
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+#else
+typedef u16 State;
+__device__ __forceinline__ float wide(State x) { return float_of_half(x); }
+__device__ __forceinline__ float2 two(const State* p) {
+    u32 x = *(const u32*)p;
+    return make_float2(float_of_half((u16)x), float_of_half((u16)(x >> 16)));
+}
+#endif
+
+// 64 of the sinks and the window in float32: two threads a token for scores; for values a thread has
+// two channels of half the tokens
+__device__ __forceinline__ void attend_exact(
+    const State* q, const State* keys, const State* values, const int* tokens,
+    const int* query_tokens, float* out, float* state, float* shared, int row, int head, int split,
+    int exact_tokens, int query_heads, int queries, int group, int tile, float scale, float cap) {
+    const int THREADS = 32 * WARPS;
+    int thread = threadIdx.x;
+    float* wanted = shared;               // [D_K][4] queries, then [2][D_V][4] sums
+    float* p = wanted + EXACT_WORDS;      // [EXACT][4]
+    float* there = p + EXACT * 4;         // [EXACT]
+    for (int i = thread; i < D_K * M; i += THREADS) {
+        int d = i % D_K, n = i / D_K, which = tile * M + n;
+        float x = 0.0f;
+        if (which < group * queries)
+            x = wide(q[((u64)((row * query_heads + head * group + which / queries) * queries +
+                              which % queries)) * D_K + d]) * scale;
+        wanted[d * 4 + n] = x;
+    }
+    __syncthreads();
+    u64 base = (u64)(row * HEADS + head) * exact_tokens;
+    for (int at = thread / 2; at < EXACT; at += 16 * WARPS) {
+        int t = split * EXACT + at;
+        int token = t < exact_tokens ? tokens[row * exact_tokens + t] : -1;
+        float s[4] = {};
+        if (token >= 0) {
+            const State* k = keys + (base + t) * D_K + (thread & 1) * (D_K / 2);
+            const float4* w = (const float4*)wanted + (thread & 1) * (D_K / 2);
+#pragma unroll 16
+            for (int d = 0; d < D_K / 2; d += 2) {
+                float2 x = two(k + d);
+                float4 y = w[d], z = w[d + 1];
+                s[0] += x.x * y.x + x.y * z.x, s[1] += x.x * y.y + x.y * z.y;
+                s[2] += x.x * y.z + x.y * z.z, s[3] += x.x * y.w + x.y * z.w;
+            }
+        }
+        if (!(thread & 1)) {
+            there[at] = token >= 0 ? 1.0f : 0.0f;
+#pragma unroll
+            for (int n = M; n < 4; ++n) p[at * 4 + n] = 0.0f;
+        }
+#pragma unroll
+        for (int n = 0; n < M; ++n) {
+            float x = s[n] + __shfl_xor_sync(0xffffffffu, s[n], 1);
+            if (CAP) x = soft_cap(x, cap);
+            int which = tile * M + n;
+            int asker = which < group * queries ? query_tokens[row * queries + which % queries] : -1;
+            if (!(thread & 1)) p[at * 4 + n] = token >= 0 && token <= asker ? x : LOWEST;
+        }
+    }
+    __syncthreads();
+    for (int n = thread / 32; n < M; n += WARPS) {
+        int lane = thread & 31;
+        float a = p[lane * 4 + n], b = p[(lane + 32) * 4 + n], m = fmaxf(a, b);
+        for (int o = 16; o; o >>= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
+        a = a > LOWEST * 0.5f ? exp2_(a - m) : 0.0f, b = b > LOWEST * 0.5f ? exp2_(b - m) : 0.0f;
+        p[lane * 4 + n] = a, p[(lane + 32) * 4 + n] = b;
+        float norm = a + b;
+        for (int o = 16; o; o >>= 1) norm += __shfl_xor_sync(0xffffffffu, norm, o);
+        if (lane == 0) state[n] = m, state[M + n] = norm;
+    }
+    __syncthreads();
+    int most = min(EXACT, exact_tokens - split * EXACT);
+    for (int i = thread; i < D_V; i += THREADS) {
+        int d = i % (D_V / 2) * 2, from = i / (D_V / 2) * (EXACT / 2);
+        float x[4] = {}, y[4] = {};
+        const State* v = values + (base + split * EXACT) * D_V + d;
+#pragma unroll 16
+        for (int t = from; t < min(from + EXACT / 2, most); ++t) {
+            float2 z = two(v + t * D_V);
+            float4 w = ((const float4*)p)[t];
+            bool real = there[t] > 0.0f;  // what an empty slot holds may be anything
+            z.x = real ? z.x : 0.0f, z.y = real ? z.y : 0.0f;
+            x[0] += w.x * z.x, x[1] += w.y * z.x, x[2] += w.z * z.x, x[3] += w.w * z.x;
+            y[0] += w.x * z.y, y[1] += w.y * z.y, y[2] += w.z * z.y, y[3] += w.w * z.y;
+        }
+        float4* sums = (float4*)wanted + (from > 0) * D_V + d;
+        sums[0] = make_float4(x[0], x[1], x[2], x[3]), sums[1] = make_float4(y[0], y[1], y[2], y[3]);
+    }
+    __syncthreads();
+    for (int i = thread; i < D_V * M; i += THREADS) {
+        int d = i % D_V, n = i / D_V;
+        out[i] = wanted[d * 4 + n] + wanted[(D_V + d) * 4 + n];
+    }
+}
+
+// --- pages ---------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
+    const int* items, const int* heads, const int* folded, const u64* addresses, int capacity,
+    const u8* q, const float* terms, const u8* means,
+    const State* raw_q, const State* keys, const State* values, const int* tokens,
+    const int* query_tokens, int exact_tokens, int query_heads, int queries, int group, int tiles,
+    double scale_, double cap_, float* sums, float* states, float* exact, float* exact_state,
+    int splits, int exact_splits, int warp_bytes, int values_at, int sums_at) {
+    extern __shared__ __align__(128) u8 shared[];
+    const int* item = items + blockIdx.x * 4;
+    int kind = item[0], head = item[1], split = item[2], parts = item[3];
+    int row = blockIdx.y / tiles, tile = blockIdx.y % tiles;
+    int place = (row * tiles + tile) * HEADS + head;
+    float scale = (float)scale_, cap = (float)cap_;
+    if (kind == 1) {
+        int record = place * exact_splits + split;
+        attend_exact(raw_q, keys, values, tokens, query_tokens, exact + (u64)record * (M * D_V),
+                     exact_state + record * (2 * M), (float*)shared, row, head, split, exact_tokens,
+                     query_heads, queries, group, tile, scale, cap);
+        return;
+    }
+    int pages = folded[row];
+    int low = (int)((long long)split * pages / parts), high = (int)((long long)(split + 1) * pages / parts);
+    int record = place * splits + split;
+    states += record * (STATE * M);
+    sums += (u64)record * (M * VC * 16);
+    int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (low >= high) {
+        if (threadIdx.x < M) states[threadIdx.x] = LOWEST, states[M + threadIdx.x] = 0.0f;
+        return;
+    }
+
+    // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
+    // columns of keys and then of values, sums
+    const int K_EXTRA = K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0;
+    const int Q_BYTES = WHOLE_KEYS ? KC * 128 : KC * 16 * M * 2;
+    const int QUERY_AT = 16 + K_EXTRA, MEANS_AT = QUERY_AT + (PAGED ? Q_BYTES : 0);
+    const int COLUMNS_AT = MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0);
+    u8* shared_q = shared;
+    u8* mine = shared + (PAGED ? 0 : (Q_BYTES + 127) / 128 * 128) + warp * warp_bytes;
+    u32 key_barrier = shared_address(mine), value_barrier = key_barrier + 8;
+    u8* columns_in = mine + COLUMNS_AT;
+    u8* values_in = mine + values_at;
+    float* sums_in = (float*)(mine + sums_at);
+    float* ends = (float*)(mine + sums_at + VC * 16 * 4 * 4);  // [STATE][4] of this warp
+    if (lane == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(key_barrier));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(value_barrier));
+        asm volatile("fence.mbarrier_init.release.cluster;");
+        asm volatile("fence.proxy.async.shared::cta;");
+    }
+    if (!PAGED)
+        for (int i = threadIdx.x; i < Q_BYTES / 16; i += 32 * WARPS)
+            ((uint4*)shared_q)[i] = ((const uint4*)(q + (u64)place * Q_BYTES))[i];
+    for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
+
+    const int* about = heads + head * 16;
+    int k4 = about[6], k2 = about[7], k1 = about[8], v4 = about[9], v2 = about[10], v1 = about[11];
+    // what each lane copies of a page: keys' parts by lanes 0 to 5, values' by 8 to 12
+    u32 from = 0, to = 0, bytes = 0;
+    u64 other = 0;  // where the part is not in the page: its first byte, and bytes a page
+    u32 stride = 0;
+    u32 weights_at = v4 * 64 + v2 * 32 + v1 * 16;
+    const int V_EXTRA = BLOCK * V_GAIN * V_GROUPS;
+    if (lane == 0) from = about[0] * 2, to = COLUMNS_AT, bytes = k4 * 64;
+    if (lane == 1) from = about[1] * 2, to = COLUMNS_AT + k4 * 64, bytes = k2 * 32;
+    if (lane == 2) from = about[2] * 2, to = COLUMNS_AT + k4 * 64 + k2 * 32, bytes = k1 * 16;
+    const int ZEROS = SEGMENTS > 1 ? K_EXTRA / 2 : 0;  // bytes of a page's zero points
+    if (lane == 3) from = K_GAIN ? about[12] : about[15], to = 16, bytes = K_EXTRA - ZEROS;
+    if (lane == 6) from = ZERO_AT + head * ZEROS, to = 16 + ZEROS, bytes = ZEROS;
+    if (PAGED && lane == 4) {
+        other = (u64)q + (u64)place * capacity * Q_BYTES, stride = Q_BYTES;
+        to = QUERY_AT, bytes = Q_BYTES;
+    }
+    if (MEAN && lane == 5) {
+        stride = BLOCK * MEAN_N * 2, other = (u64)means + (u64)place * capacity * stride;
+        to = MEANS_AT, bytes = stride;
+    }
+    if (lane == 8) from = about[3] * 2, to = values_at, bytes = v4 * 64;
+    if (lane == 9) from = about[4] * 2, to = values_at + v4 * 64, bytes = v2 * 32;
+    if (lane == 10) from = about[5] * 2, to = values_at + v4 * 64 + v2 * 32, bytes = v1 * 16;
+    if (lane == 11) from = about[13], to = values_at + weights_at, bytes = V_EXTRA;
+    if (V_OFFSET && lane == 12) from = about[14], to = values_at + weights_at + V_EXTRA, bytes = BLOCK * 2 * V_GROUPS;
+    u32 key_bytes = lane < 8 ? bytes : 0, value_bytes = lane < 8 ? 0 : bytes;
+    to += shared_address(mine);
+    u32 key_total = __reduce_add_sync(0xffffffffu, key_bytes);
+    u32 value_total = __reduce_add_sync(0xffffffffu, value_bytes);
+    __syncthreads();
+
+    addresses += (u64)row * capacity;
+    auto fetch_values = [&](u64 address) {
+        if (lane == 0) expect(value_barrier, value_total);
+        __syncwarp();
+        if (value_bytes) copy(to, address + from, value_bytes, value_barrier);
+    };
+    auto fetch_columns = [&](u64 address) {
+        if (lane < 3 && key_bytes) copy(to, address + from, key_bytes, key_barrier);
+    };
+    auto fetch_extras = [&](int page, u64 address) {  // before the columns
+        if (lane == 0) expect(key_barrier, key_total);
+        __syncwarp();
+        if (lane >= 3 && key_bytes)
+            copy(to, other ? other + (u64)page * stride : address + from, key_bytes, key_barrier);
+    };
+    // what is added to a query's sums, and their unit: [page or 1][M][2]
+    if (WHOLE_KEYS) terms += (u64)place * (PAGED ? (u64)capacity * (2 * M) : 2 * M);
+    Lane l;
+    l.g = lane >> 2, l.c = lane & 3;
+    l.first = 4 * (l.g >> 1) + (l.g & 1) + 2 * ((l.g >> 1) & 1);
+    l.second = l.first ^ 2;
+    const int query = min(l.c, M - 1);
+    float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
+    auto fetch_terms = [&](int page) {
+        const float* at = terms + (PAGED ? (u64)page * (2 * M) : 0) + 2 * query;
+        if (WHOLE_KEYS) first_terms[0] = at[0], q_unit = at[1];
+    };
+
+    float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
+    int page = low + warp;
+    u64 next = 0;
+    if (page < high) {
+        u64 address = addresses[page];
+        fetch_extras(page, address);
+        fetch_columns(address);
+        if (APART) fetch_values(address);
+        fetch_terms(page);
+        next = address;
+    }
+    for (u32 parity = 0; page < high; page += WARPS, parity ^= 1) {
+        u64 address = next;
+        if (page + WARPS < high) next = addresses[page + WARPS];
+        float s[2][4][2] = {};
+        wait(key_barrier, parity);
+        const u8* queries_in = PAGED ? mine + QUERY_AT : shared_q;
+        const u8* steps = mine + 16;
+        const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
+        if (WHOLE_KEYS) {
+            if (K4) add_scores<4>(s, columns_in, k4, queries_in, l);
+            if (K2) add_scores<2>(s, k2_in, k2, queries_in + K4 * 128, l);
+            if (K1) add_scores<1>(s, k1_in, k1, queries_in + (K4 + K2) * 128, l);
+        } else {
+            float zeros[4] = {};
+            if (K4) add_scores_half<4>(s, zeros, columns_in, k4, queries_in, steps, l);
+            if (K2) add_scores_half<2>(s, zeros, k2_in, k2, queries_in + K4 * (M * 32), steps, l);
+            if (K1) add_scores_half<1>(s, zeros, k1_in, k1, queries_in + (K4 + K2) * (M * 32), steps, l);
+#pragma unroll
+            for (int k = 0; k < SEGMENTS; ++k)
+                if (SEGMENTS > 1) first_terms[k] = __shfl_sync(0xffffffffu, zeros[0], 4 * k + l.c);
+        }
+        __syncwarp();
+        if (!APART) fetch_values(address);
+        float w[2][4][2];
+        if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, l);
+        float top = LOWEST;
+        const u8* means_in = mine + MEANS_AT + l.c * 2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int f = 0; f < 4; ++f)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float x = s[r][f][i];
+                    if (WHOLE_KEYS || SEGMENTS > 1) x = x * q_unit + first_terms[f * SEGMENTS / 4];
+                    float mean = 0.0f;
+                    if (MEAN)
+                        mean = float_of_half(*(const u16*)(
+                            means_in + (32 * f + 16 * r + (i ? l.second : l.first)) * (MEAN_N * 2)));
+                    x = K_GAIN ? x * w[r][f][i] + mean : x + mean;
+                    if (CAP) x = soft_cap(x, cap);
+                    s[r][f][i] = x;
+                    top = fmaxf(top, x);
+                }
+        __syncwarp();
+        if (page + WARPS < high) {
+            fetch_extras(page + WARPS, next);
+            if (APART) fetch_columns(next);
+            fetch_terms(page + WARPS);
+        }
+        for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
+        top = fmaxf(top, m);
+        float alpha = exp2_(m - top), sum = 0.0f;
+        m = top;
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int f = 0; f < 4; ++f)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    s[r][f][i] = exp2_(s[r][f][i] - m);
+                    sum += s[r][f][i];
+                }
+        norm = norm * alpha + sum;
+
+        wait(value_barrier, parity);
+        const int FIRST = V4 ? V4 : V2 ? V2 : V1, VB = V4 ? 4 : V2 ? 2 : 1;
+        const u8 *v2_in = values_in + v4 * 64, *v1_in = v2_in + v2 * 32;
+#pragma unroll
+        for (int group = 0; group < V_GROUPS; ++group) {
+            if (V_OFFSET) {
+                numbers<2, V_GROUPS>(w, values_in + weights_at + V_EXTRA, group, l);
+                float sum = 0.0f;
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+#pragma unroll
+                    for (int f = 0; f < 4; ++f) sum += s[r][f][0] * w[r][f][0] + s[r][f][1] * w[r][f][1];
+                offset_sum[group] = offset_sum[group] * alpha + sum;
+            }
+            if (V_GAIN) numbers<V_GAIN, V_GROUPS>(w, values_in + weights_at, group, l);
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+#pragma unroll
+                for (int f = 0; f < 4; ++f)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) w[r][f][i] = V_GAIN ? s[r][f][i] * w[r][f][i] : s[r][f][i];
+            const int EACH = V_GROUPS > 1 ? FIRST / V_GROUPS : 0;  // runs of columns of one width
+            float* sums_of = sums_in + group * EACH * 64;
+            const u8* first_in = values_in + group * EACH * 16 * (16 * VB);
+            const int first_count = V_GROUPS > 1 ? EACH * 16 : V4 ? v4 : V2 ? v2 : v1;
+            if (WHOLE_VALUES) {
+                // 16 bits a weight, the largest of the page and query near 2^16
+                float most = 1e-30f;
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+#pragma unroll
+                    for (int f = 0; f < 4; ++f) most = fmaxf(most, fmaxf(w[r][f][0], w[r][f][1]));
+                for (int o = 4; o < 32; o <<= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
+                float scale = 65280.0f * __frcp_rn(most), unit = most * (1.0f / 65280.0f);
+                u32 bits[2][4][2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+#pragma unroll
+                    for (int f = 0; f < 4; ++f)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            bits[r][f][i] = __float_as_uint(w[r][f][i] * scale + 8388608.0f);
+                u32 h[4][2];  // quarters: tokens of both halves of the lanes share a register
+                auto weights = [&](u32* out, int r0, int f0, int r1, int f1) {
+                    u32 x = transposed(bytes_of(bits[r0][f0][0], bits[r1][f1][0], 0x4051));
+                    u32 y = transposed(bytes_of(bits[r0][f0][1], bits[r1][f1][1], 0x4051));
+                    // rows 2c, 2c + 1 are tokens 4c.. where c is even, else 4c + 2..
+                    out[0] = l.c & 1 ? y : x, out[1] = l.c & 1 ? x : y;
+                };
+                if (V4) {  // fields f and f + 2 share a register
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) weights(h[k], k & 1, k >> 1, k & 1, (k >> 1) + 2);
+                    add_values<4>(VB == 4 ? sums_of : sums_in, VB == 4 ? first_in : values_in,
+                                  VB == 4 ? first_count : v4, h, unit, alpha, l);
+                }
+                if (V2 || V1) {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) weights(h[k], 0, k, 1, k);
+                }
+                if (V2)
+                    add_values<2>(VB == 2 ? sums_of : sums_in + V4 * 64, VB == 2 ? first_in : v2_in,
+                                  VB == 2 ? first_count : v2, h, unit, alpha, l);
+                if (V1)
+                    add_values<1>(VB == 1 ? sums_of : sums_in + (V4 + V2) * 64, VB == 1 ? first_in : v1_in,
+                                  VB == 1 ? first_count : v1, h, unit, alpha, l);
+                if (V_GAIN_SUM) {
+                    int fresh[4] = {};
+                    u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) product_p(fresh, ones, h[k][0], h[k][1]);
+                    gain_sum = gain_sum * alpha + (float)(fresh[0] * 256 + fresh[1]) * unit;
+                }
+            } else {
+                u32 h[2][4][2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+#pragma unroll
+                    for (int f = 0; f < 4; ++f) {
+                        u32 x = transposed(half2_of(w[r][f][0], w[r][f][0]));
+                        u32 y = transposed(half2_of(w[r][f][1], w[r][f][1]));
+                        h[r][f][0] = l.c & 1 ? y : x, h[r][f][1] = l.c & 1 ? x : y;
+                    }
+                if (VB == 4) add_values_half<4>(sums_of, first_in, first_count, h, alpha, l);
+                if (V2)
+                    add_values_half<2>(VB == 2 ? sums_of : sums_in + V4 * 64, VB == 2 ? first_in : v2_in,
+                                       VB == 2 ? first_count : v2, h, alpha, l);
+                if (V1)
+                    add_values_half<1>(VB == 1 ? sums_of : sums_in + (V4 + V2) * 64,
+                                       VB == 1 ? first_in : v1_in, VB == 1 ? first_count : v1, h, alpha, l);
+                if (V_GAIN_SUM) {
+                    float fresh[4] = {};
+                    u32 ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+#pragma unroll
+                        for (int f = 0; f < 4; ++f) product(fresh, ones, h[r][f][0], h[r][f][1]);
+                    gain_sum = gain_sum * alpha + fresh[0];
+                }
+            }
+        }
+        __syncwarp();
+        if (page + WARPS < high) {
+            if (APART) fetch_values(next);
+            else fetch_columns(next);
+        }
+    }
+
+    // the warps of an item merge as splits do
+    for (int o = 4; o < 32; o <<= 1) {
+        norm += __shfl_xor_sync(0xffffffffu, norm, o);
+#pragma unroll
+        for (int k = 0; k < V_GROUPS; ++k)
+            if (V_OFFSET) offset_sum[k] += __shfl_xor_sync(0xffffffffu, offset_sum[k], o);
+    }
+    if (l.g == 0) {
+        ends[l.c] = m, ends[4 + l.c] = norm, ends[8 + l.c] = gain_sum;
+#pragma unroll
+        for (int k = 0; k < V_GROUPS; ++k)
+            if (V_OFFSET) ends[(2 + V_GROUPS + k) * 4 + l.c] = offset_sum[k];
+    }
+    __syncthreads();
+    const u8* all = shared + (PAGED ? 0 : (Q_BYTES + 127) / 128 * 128) + sums_at;
+    const u32 ENDS = VC * 16 * 4 * 4;
+    float best[M], factor[WARPS][M];
+#pragma unroll
+    for (int n = 0; n < M; ++n) {
+        best[n] = LOWEST;
+#pragma unroll
+        for (int k = 0; k < WARPS; ++k)
+            best[n] = fmaxf(best[n], ((const float*)(all + k * warp_bytes + ENDS))[n]);
+#pragma unroll
+        for (int k = 0; k < WARPS; ++k)
+            factor[k][n] = exp2_(((const float*)(all + k * warp_bytes + ENDS))[n] - best[n]);
+    }
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int n = 0; n < M; ++n) {
+            states[n] = best[n];
+            for (int k = 1; k < STATE; ++k) {
+                float x = 0.0f;
+#pragma unroll
+                for (int w = 0; w < WARPS; ++w)
+                    x += factor[w][n] * ((const float*)(all + w * warp_bytes + ENDS))[k * 4 + n];
+                states[k * M + n] = x;
+            }
+        }
+    }
+    for (int column = threadIdx.x; column < VC * 16; column += 32 * WARPS) {
+        int slot = column / 16, at = slot < V4 ? slot * 16 : slot < V4 + V2 ? (slot - V4) * 16 : (slot - V4 - V2) * 16;
+        int count = slot < V4 ? v4 : slot < V4 + V2 ? v2 : v1;
+        bool there = at + column % 16 < count;
+#pragma unroll
+        for (int n = 0; n < M; ++n) {
+            float x = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w)
+                x += factor[w][n] * ((const float*)(all + w * warp_bytes))[column * 4 + n];
+            sums[n * (VC * 16) + column] = there ? x : 0.0f;
+        }
+    }
+}
