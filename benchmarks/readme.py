@@ -157,6 +157,66 @@ def calibration() -> str:
     )
 
 
+def csv_rows(name: str) -> list[dict]:
+    """The rows of a CSV file of results."""
+    with (RESULTS / name).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def decode_cuda() -> str:
+    """Decode attention against the best bfloat16 kernel of the run."""
+    rows = csv_rows("decode_cuda.csv")
+    shapes = list(dict.fromkeys((r["rows"], r["tokens"]) for r in rows))
+    best = {
+        shape: min(
+            float(r["us"])
+            for r in rows
+            if r["what"] == "bfloat16" and (r["rows"], r["tokens"]) == shape
+        )
+        for shape in shapes
+    }
+    head = [f"{n} × {int(t) // 1024}k" for n, t in shapes]
+    out = [
+        f"One layer, 32 query and 8 KV heads of 128, bfloat16, {rows[0]['device']}, µs of the whole "
+        f"attention and how many times faster than the best bfloat16 kernel (flash or cuDNN) of the "
+        f"same run; a copy reads and writes {float(rows[0]['copy_tb_per_s']):.2f} TB/s there; commit "
+        f"`{rows[0]['commit']}`.",
+        "",
+        "| | bits | " + " | ".join(head) + " |",
+        "|---" * (2 + len(head)) + "|",
+        "| bfloat16 | 16 | " + " | ".join(f"{best[s]:.1f}" for s in shapes) + " |",
+    ]
+    for name in dict.fromkeys(r["what"] for r in rows if r["what"] != "bfloat16"):
+        mine = {(r["rows"], r["tokens"]): r for r in rows if r["what"] == name}
+        bits = next(float(r["bits"]) for r in mine.values() if r["bits"])
+        cells = [f"{float(mine[s]['us']):.1f} ({float(mine[s]['speedup']):.2f}×)" for s in shapes]
+        out.append(f"| `{name}` | {bits:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def model_cuda() -> str:
+    """Whole decode steps of a model with random weights."""
+    rows = csv_rows("model_cuda.csv")
+    names = {"stock": "static cache", "stock_unmasked": "static cache, no mask built"}
+    out = [
+        f"Llama 3 8B's shape, random weights, bfloat16, caches filled synthetically, `fisher2` "
+        f"with made-up tables of uniform widths, "
+        f"{rows[0]['device']}, commit `{rows[0]['commit']}`:",
+        "",
+        "| cache | rows × tokens | CUDA graphs | ms a step | tokens/s | cache | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        name = names.get(r["what"]) or f"`{r['preset']}`"
+        out.append(
+            f"| {name} | {r['rows']} × {int(r['tokens']) // 1024}k | "
+            f"{'yes' if r['graphs'] == 'True' else 'no'} | {float(r['median_ms']):.1f} | "
+            f"{float(r['tokens_per_s']):.0f} | {float(r['cache_bytes']) / 1e9:.2f} GB | "
+            f"{float(r['peak_bytes']) / 1e9:.1f} GB |"
+        )
+    return "\n".join(out)
+
+
 def eviction() -> str:
     """Retrieval for presets and budgets, the loaded prefix, the soak: from their results."""
 
@@ -210,6 +270,8 @@ TABLES = {
     "robustness": robustness,
     "calibration": calibration,
     "memory": memory,
+    "decode_cuda": decode_cuda,
+    "model_cuda": model_cuda,
     "eviction": eviction,
 }
 
