@@ -177,10 +177,10 @@ def decode_cuda() -> str:
     }
     head = [f"{n} × {int(t) // 1024}k" for n, t in shapes]
     out = [
-        f"One layer, 32 query and 8 KV heads of 128, bfloat16, {rows[0]['device']}, µs of the whole "
-        f"attention and how many times faster than the best bfloat16 kernel (flash or cuDNN) of the "
-        f"same run; a copy reads and writes {float(rows[0]['copy_tb_per_s']):.2f} TB/s there; commit "
-        f"`{rows[0]['commit']}`.",
+        f"One layer, 32 query and 8 KV heads of 128, bfloat16, {rows[0]['device']}, µs of the "
+        "whole attention and times faster than the best bfloat16 kernel (flash, cuDNN) of the "
+        f"same run; a copy reads and writes {float(rows[0]['copy_tb_per_s']):.2f} TB/s there; "
+        f"commit `{rows[0]['commit']}`.",
         "",
         "| | bits | " + " | ".join(head) + " |",
         "|---" * (2 + len(head)) + "|",
