@@ -1,5 +1,6 @@
 """Which code attends: a kernel of the device, or the page walk in torch; and why."""
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Protocol, runtime_checkable
@@ -7,10 +8,13 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from kvfold.attention import paged, sparse
-from kvfold.cache.store import View
+from kvfold.cache.store import LayerStore, View
 
 #: modules with a kernel, by device type; imported when a device first needs them.
-KERNELS: dict[str, str] = {"cuda": "kvfold.kernels.triton.decode"}
+KERNELS: dict[str, str] = {
+    "cpu": "kvfold.kernels.cpu",
+    "cuda": "kvfold.kernels.triton.decode",
+}
 #: queries of a row from which a pass over packed history is the page walk's work, not a kernel's.
 MAX_QUERIES = 8
 
@@ -19,14 +23,16 @@ MAX_QUERIES = 8
 OBSERVE_EVERY = 16
 OBSERVED = "the attention mass of pages is observed"
 OFFLOADED = "pages lie in CPU memory"
+WINDOWED = "the window of a folded sliding-window layer is walked"
 #: reasons that the user's own options give: nothing to warn of.
-CHOSEN = (OBSERVED, OFFLOADED)
+CHOSEN = (OBSERVED, OFFLOADED, WINDOWED)
 
 
 @runtime_checkable
 class Kernel(Protocol):
     """What a module of `kvfold.kernels` that attends offers.
 
+    `tables_of(store)` is what it holds of a layer beside its pages, None before it attended to it.
     One that takes each page's place in its row from `view.on(device).block` says `HOLES = True`;
     views with dropped or unchosen pages go to no other.
     """
@@ -46,6 +52,16 @@ class Kernel(Protocol):
     ) -> Tensor:
         """What `paged.attend` computes, in float32 or in the dtype of `q`."""
         ...
+
+    def tables_of(self, store: LayerStore) -> object | None:
+        """Tables held beside the pages."""
+        ...
+
+
+def tables_of(store: LayerStore) -> object | None:
+    """What the device's kernel holds of a layer beside its pages; None where it holds nothing."""
+    kernel = sys.modules.get(KERNELS.get(store.key.site.device.type, ""))
+    return None if kernel is None else kernel.tables_of(store)  # not loaded: never used
 
 
 def observes(view: View) -> bool:
@@ -69,7 +85,7 @@ def path(q: Tensor, view: View) -> tuple[Kernel | None, str]:
     if observes(view):
         return None, OBSERVED
     if view.store.sliding_window is not None:
-        return None, f"{name} knows no sliding window"
+        return None, WINDOWED
     try:
         kernel: Kernel = import_module(name)  # type: ignore[assignment]
     except ImportError as error:

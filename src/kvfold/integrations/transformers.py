@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvfold.attention import dispatch
 from kvfold.cache.config import CacheConfig
 from kvfold.cache.numbers import Numbers
 from kvfold.cache.store import LayerStore
@@ -40,6 +41,7 @@ from kvfold.integrations.graphs import Graphs
 from kvfold.integrations.handles import FoldedStates, FoldedWarning, Notices
 from kvfold.integrations.hooks import Hooks
 from kvfold.integrations.late import Late
+from kvfold.kernels import cpu
 
 __all__ = ["FoldedCache", "FoldedLayer", "FoldedWarning"]
 
@@ -598,7 +600,9 @@ class FoldedCache(DynamicCache):
         stores = [layer.bind(torch.device("cpu"), self.dtype) for layer in self.folded_layers]
         # 16 bytes a page and 128 a layer are more than the addresses of slabs take
         exact = sum(s.exact_nbytes(rows, self.dtype) + 128 for s in stores)
-        tables = _nbytes(_tensors([[s.key, s.value] for s in stores]))
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        kernels = [cpu.held_by(s) for s in stores] if on_cpu else []
+        tables = _nbytes(_tensors([[s.key, s.value] for s in stores] + kernels))
         page = sum(s.layout.nbytes + s.mass_nbytes + 16 for s in stores)
         total = (self.config.max_bytes - exact - tables) // page
         if total < rows:
@@ -702,7 +706,7 @@ class FoldedCache(DynamicCache):
             elif layer.store is not None:
                 for part, size in layer.store.nbytes(used).items():
                     parts[part] += size
-                kernel = vars(layer.store).get("cpu_tables")
+                kernel = dispatch.tables_of(layer.store)
                 tables += _tensors([layer.store.key, layer.store.value, kernel])
         parts["tables"] = _nbytes(tables)
         return parts

@@ -57,15 +57,17 @@ def _entry(isa: str) -> int:
 
 def refuses(q: Tensor, view: View) -> str | None:
     """Why the kernel cannot serve these queries and this layer; None where it does."""
-    tables = view.store.__dict__.get("cpu_tables")
-    if tables is not None and q.dtype in TYPES:  # served before
-        return None
     if native() is None:
         return "kvfold was installed without its C++ extension (kvfold.kernels.cpu)"
     for what, states in (("queries", q), ("keys", view.keys)):
         if states.dtype not in TYPES:
             return f"{what} are {states.dtype}, possible are {', '.join(map(str, TYPES))}"
-    return unserved(view.store)
+    return None if tables_of(view.store) is not None else unserved(view.store)
+
+
+def tables_of(store: LayerStore) -> "LayerTables | None":
+    """What the kernel holds of a layer beside its pages; None before it attended to it."""
+    return store.__dict__.get("cpu_tables")
 
 
 def held_by(store: LayerStore) -> list[Tensor]:
@@ -95,13 +97,13 @@ def attend(
         isa: instruction set; None for the best.
     """
     store, step = view.store, view.step
-    tables: LayerTables | None = store.__dict__.get("cpu_tables")
+    tables = tables_of(store)
     if tables is None:
         tables = store.__dict__["cpu_tables"] = LayerTables.of(store)
-    slabs = store.pool.slabs
-    if tables.placed != len(slabs):
-        tables.layer.place([slab.data_ptr() for slab in slabs])
-        tables.placed = len(slabs)
+    places = [slab.data_ptr() for slab in store.pool.slabs]
+    if tables.placed != places:
+        tables.layer.place(places)
+        tables.placed = places
     shared = step.memo(
         ("cpu", id(view.tokens), id(view.chosen), view.folded), lambda: _Shared(view)
     )

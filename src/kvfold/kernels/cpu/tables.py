@@ -46,7 +46,7 @@ class LayerTables:
         rope: what turns queries back to pages' first positions, None where nothing does.
         value_dim: channels of a value head.
         tensors: the tables, float32 mostly.
-        placed: slabs of the pool that the layer knows.
+        placed: addresses of the pool's slabs that the layer knows.
     """
 
     native: Any
@@ -54,7 +54,7 @@ class LayerTables:
     rope: Rope | None
     value_dim: int
     tensors: list[Tensor]
-    placed: int = 0
+    placed: list[int] = field(default_factory=list)
 
     @staticmethod
     def of(store: LayerStore) -> "LayerTables":

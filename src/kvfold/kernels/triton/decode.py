@@ -172,6 +172,11 @@ class Layer:
 _LAYERS: "weakref.WeakKeyDictionary[LayerStore, Layer]" = weakref.WeakKeyDictionary()
 
 
+def tables_of(store: LayerStore) -> Layer | None:
+    """What the kernels hold of a layer beside its pages; None before they attended to it."""
+    return _LAYERS.get(store)
+
+
 def lowered(store: LayerStore) -> Layer:
     """The operands of a layer, made at the first call.
 
