@@ -29,7 +29,7 @@ MAX_COLUMNS = 1000
 _LIMBS = 3
 #: what the extension takes of a side, as numbers and addresses; 0 where there is none.
 NUMBERS = """
-    kind columns gain_at gain_size gain_next sections section
+    kind columns gain_at gain_size gain_next centred sections section
     matrix gain offset mean order turns pairs
     scale_at zero_at segments limbs limb_scale turn frequency
     term table_at table cos_at sin_at states_at states_type
@@ -207,8 +207,17 @@ def _value_side(bound: BoundCodec, start: int) -> _Side:
     side.numbers |= {"columns": operand.matrix.shape[1], "groups": groups}
     _sections(side, operand.counts, operand.sections)
     _parameters(side, bound, start, stored.gain, stored.offset)
+    gain = operand.gain
+    if groups == 1:
+        # the kernel sums digits less 2^(width - 1); in float64, as the two nearly cancel
+        middle = operand.matrix.new_zeros(operand.matrix.shape[:2], dtype=torch.float64)
+        for h, counts in enumerate(operand.counts):
+            widths = torch.tensor(SECTIONS).repeat_interleave(torch.tensor(counts))
+            middle[h, : len(widths)] = 2.0 ** (widths - 1)
+        gain = (gain + (middle[:, None] @ operand.matrix.double())[:, 0]).float()
+        side.numbers["centred"] = 1
     side.point("matrix", operand.matrix)
-    side.point("gain", operand.gain)
+    side.point("gain", gain)
     side.point("offset", operand.offset)
     side.point("mean", operand.mean)
     return side

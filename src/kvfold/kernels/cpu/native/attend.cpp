@@ -544,9 +544,10 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
       }
     }
     const int64_t padded = padded_columns(n, bytes);
+    const int centre = value.centred ? 1 << (part.width - 1) : 0;
     zero(r.raw, padded * M);
 #define VALUES(W, L) \
-  value_section<W, L>(column, pages, n, bytes, r.value_patterns, M, r.by, r.raw, padded)
+  value_section<W, L>(column, pages, n, bytes, r.value_patterns, M, r.by, centre, r.raw, padded)
     if (s.limbs == 2) {
       if (part.width == 4) VALUES(4, 2);
       if (part.width == 2) VALUES(2, 2);

@@ -177,24 +177,41 @@ INLINE int place_of_column(int column, int bytes) {
   return ((vector / 4) * per + sub) * 4 + vector % 4;
 }
 
-// out [M][stride] += scale * sums over the tokens of `pages` pages, for every column of a section
+// out [M][stride] += scale * sums over the tokens of `pages` pages, for every column of a section, of
+// digits less `centre`: taken off the integers, or the sums of large digits lose what the codes hold
 template <int W, int L, int M, int kColumn>
 static void value_columns(const uint8_t* const* page, int pages, int count, int bytes,
-                          const int8_t* pattern, int queries, const float* scale, float* out,
-                          int64_t stride) {
+                          const int8_t* pattern, int queries, const float* scale, int centre,
+                          float* out, int64_t stride) {
   constexpr int kPlanes = 8 / W;
   constexpr int kTogether = KVFOLD_BITS == 512 ? 2 : 1;
   constexpr int kPer = kColumn < kBytes ? kBytes / kColumn : 1;
   const int vectors = (count + kPer - 1) / kPer;
   const int parts = bytes > kBytes ? bytes / kBytes : 1;
   const int64_t step = bytes > kBytes ? bytes : kBytes;
+  I start[M][L] = {};
+  if (centre)
+    for (int p = 0; p < pages; ++p)
+      for (int part = 0; part < parts; ++part)
+        for (int s = 0; s < kPlanes; ++s)
+          for (int m = 0; m < M; ++m)
+            for (int l = 0; l < L; ++l) {
+              const int8_t* limb = pattern + (int64_t(p) * kPlanes + s) * queries * L * bytes +
+                                   part * kBytes + (m * L + l) * bytes;
+              start[m][l] = dot(start[m][l], U{} + 1, repeated<kColumn>(limb));
+            }
+  for (int m = 0; m < M; ++m)
+    for (int l = 0; l < L; ++l) start[m][l] *= -centre;
   for (int v = 0; v < vectors; v += 4) {
     F found[4][M] = {};
     for (int i = 0; i < 4; i += kTogether) {
       if (v + i >= vectors) break;
       // a second vector that is not there is read again, and dropped
       const int second = v + i + kTogether - 1 < vectors ? kTogether - 1 : 0;
-      I acc[kTogether][M][L] = {};
+      I acc[kTogether][M][L];
+      for (int j = 0; j < kTogether; ++j)
+        for (int m = 0; m < M; ++m)
+          for (int l = 0; l < L; ++l) acc[j][m][l] = start[m][l];
       for (int p = 0; p < pages; ++p)
         for (int part = 0; part < parts; ++part) {
           const uint8_t* from = page[p] + (v + i) * step + part * kBytes;
@@ -233,14 +250,14 @@ static void value_columns(const uint8_t* const* page, int pages, int count, int 
 
 template <int W, int L, int kColumn>
 static void value_queries(const uint8_t* const* page, int pages, int count, int bytes,
-                          const int8_t* pattern, int queries, const float* scale, float* out,
-                          int64_t stride) {
+                          const int8_t* pattern, int queries, const float* scale, int centre,
+                          float* out, int64_t stride) {
   for (int m = 0; m < queries; m += kRows) {
     const int8_t* limb = pattern + int64_t(m) * L * bytes;
     const float* by = scale + m;
     float* to = out + m * stride;
 #define VALUES(M) \
-  value_columns<W, L, M, kColumn>(page, pages, count, bytes, limb, queries, by, to, stride)
+  value_columns<W, L, M, kColumn>(page, pages, count, bytes, limb, queries, by, centre, to, stride)
     switch (queries - m) {
       case 1: VALUES(1); break;
       case 2: VALUES(2); break;
@@ -253,14 +270,17 @@ static void value_queries(const uint8_t* const* page, int pages, int count, int 
 
 template <int W, int L>
 static void value_section(const uint8_t* const* page, int pages, int count, int bytes,
-                          const int8_t* pattern, int queries, const float* scale, float* out,
-                          int64_t stride) {
+                          const int8_t* pattern, int queries, const float* scale, int centre,
+                          float* out, int64_t stride) {
   if (bytes >= kBytes) {
-    value_queries<W, L, kBytes>(page, pages, count, bytes, pattern, queries, scale, out, stride);
+    value_queries<W, L, kBytes>(page, pages, count, bytes, pattern, queries, scale, centre, out,
+                                stride);
   } else if (bytes == 16) {
-    value_queries<W, L, 16>(page, pages, count, bytes, pattern, queries, scale, out, stride);
+    value_queries<W, L, 16>(page, pages, count, bytes, pattern, queries, scale, centre, out,
+                                stride);
   } else {
-    value_queries<W, L, 32>(page, pages, count, bytes, pattern, queries, scale, out, stride);
+    value_queries<W, L, 32>(page, pages, count, bytes, pattern, queries, scale, centre, out,
+                                stride);
   }
 }
 

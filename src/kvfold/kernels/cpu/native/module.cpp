@@ -63,6 +63,7 @@ Side side_of(const nb::dict& d) {
 #define POINTER(field, type) s.field = pointer<type>(d, #field)
   NUMBER(kind), NUMBER(heads), NUMBER(dim), NUMBER(block), NUMBER(columns), NUMBER(groups);
   NUMBER(gain_at), NUMBER(gain_size), NUMBER(gain_next), NUMBER(offset_at), NUMBER(sections);
+  NUMBER(centred);
   POINTER(section, kvfold::Section), POINTER(matrix, float), POINTER(gain, float);
   POINTER(offset, float), POINTER(mean, float), POINTER(order, int32_t);
   NUMBER(turns), NUMBER(pairs), NUMBER(scale_at), NUMBER(zero_at), NUMBER(segments);

@@ -37,6 +37,7 @@ struct Side {
   int32_t gain_at, gain_size;      // size 0: no gains; 1: byte, log scale; 2: float16
   int32_t gain_next;               // bytes to the next group's field; 0: groups side by side
   int32_t offset_at;               // -1: none
+  int32_t centred;                 // values: digits count from the middle, and `gain` with them
   int32_t sections;                // sections of a head
   const Section* section;          // [heads][sections]
   const float* matrix;             // keys [heads][dim][columns], values [heads][columns][dim]
