@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 import kvfold
 from kvfold.cache.config import CacheConfig
+from kvfold.calibration.artefact import Artefact
 from kvfold.codec import Site
 from kvfold.integrations import handles
-from kvfold.integrations.describe import describe
+from kvfold.integrations.describe import describe, model_hash
 from kvfold.integrations.transformers import FoldedCache
 
 NIGHTLY = bool(os.environ.get("KVFOLD_NIGHTLY"))
@@ -23,32 +24,28 @@ PRESETS = ALL if NIGHTLY else FIVE
 LOSSY = tuple(name for name in PRESETS if name != "identity")
 
 
-class Tables:
-    """Stands for the artefact of a model and a preset."""
-
-    def __init__(self, model, preset, block):
-        self.found = {}
-        for info in describe(model):
-            for side, codec, dim in (
-                ("key", preset.keys, info.key_dim),
-                ("value", preset.values, info.value_dim),
-            ):
-                if info.num_kv_heads and codec.artefact == "required":
-                    site = Site(side, info.num_kv_heads, dim, block, info.index, rope=info.rope)
-                    self.found[info.index, side] = codec.example(site)
-
-    def at(self, layer, side):
-        return self.found[layer, side].at(layer, side)
-
-    def check(self, *_):
-        pass
+def made_up(model, preset, block):
+    """An artefact for a model and a preset, as if it had been calibrated."""
+    tensors = {}
+    for info in describe(model):
+        for side, codec, dim in (
+            ("key", preset.keys, info.key_dim),
+            ("value", preset.values, info.value_dim),
+        ):
+            if info.num_kv_heads and codec.artefact == "required":
+                site = Site(side, info.num_kv_heads, dim, block, info.index, rope=info.rope)
+                tables = codec.example(site).at(info.index, side)
+                tensors |= {f"layers.{info.index}.{side}.{n}": t for n, t in tables.items()}
+    codecs = [preset.keys.to_json(), preset.values.to_json()]
+    header = {"model_hash": model_hash(model), "model": "tiny", "preset": preset.name}
+    return Artefact(header | {"codecs": codecs}, tensors)
 
 
 def folded(model, name, **options):
     """A strict FoldedCache for a preset, calibrated or not."""
     preset, options = kvfold.get(name), {"window": 64, "strict": True, **options}
     needs = "required" in (preset.keys.artefact, preset.values.artefact)
-    tables = Tables(model, preset, options.get("block", 128)) if needs else None
+    tables = made_up(model, preset, options.get("block", 128)) if needs else None
     return FoldedCache(model, CacheConfig(preset, artefact=tables, **options))
 
 

@@ -3,11 +3,14 @@
 The model of a row is its keys and values as the cache must hold them: exact until they leave the
 window, then what one encoding of their block decodes to, also after a crop has brought them back.
 After each step every cache is compared with its model in full; each pass is compared with torch's
-SDPA over the model.
+SDPA over the model. A crop into a page that was trimmed away has to be refused and to change
+nothing.
 """
 
 import os
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+from kvfold import CacheError, FoldedCache
 
 from .catalogue import ALL, NIGHTLY, folded
 from .conftest import tiny_llama
@@ -72,8 +77,17 @@ class Row:
         self.folded = min(self.folded, max(0, (kept - SINKS) // BLOCK))
         self.dropped = {m for m in self.dropped if m < self.folded}
 
+    def trim(self, blocks):
+        held = [m for m in range(self.folded) if m not in self.dropped]
+        self.dropped |= set(held[: max(0, len(held) - blocks)])
+
+    def may_crop(self, slots):
+        """Whether a crop cuts no block that was trimmed away."""
+        block, inside = divmod(sum(slot < slots for slot in self.slots) - SINKS, BLOCK)
+        return not inside or block not in self.dropped
+
     def seen(self):
-        """`[tokens]` bool: tokens that were not trimmed or pruned away."""
+        """`[tokens]` bool: tokens that were not trimmed away."""
         held = torch.ones(len(self.slots), dtype=torch.bool)
         for m in self.dropped:
             held[SINKS + BLOCK * m : SINKS + BLOCK * (m + 1)] = False
@@ -170,26 +184,36 @@ class Operations(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 2), count=st.integers(1, 140), pad=st.integers(0, 30))
     def append(self, which, count, pad):
-        one = self.pick(which)
-        if one.slots + count > MOST_TOKENS:
-            self.cut(one, one.slots // 3)
-        self.add(one, count, min(pad, count - 1) if pad > 15 else 0)
+        self.add(self.roomy(which, count), count, min(pad, count - 1) if pad > 15 else 0)
 
     @rule(which=st.integers(0, 2), count=st.integers(1, 4))
     def decode(self, which, count):
-        one = self.pick(which)
-        if one.slots + count > MOST_TOKENS:
-            self.cut(one, one.slots // 3)
+        one = self.roomy(which, count)
         for _ in range(count):
             self.add(one, 1)
 
-    @rule(which=st.integers(0, 2), share=st.floats(0, 1))
-    def crop(self, which, share):
+    @rule(which=st.integers(0, 2), slots=st.integers(1, MOST_TOKENS))
+    def crop(self, which, slots):
         one = self.pick(which)
-        self.cut(one, max(1, round(share * one.slots)))
+        self.cut(one, min(slots, one.slots))
+
+    def roomy(self, which, count):
+        """A cache that may take so many slots more, cut or made anew if it must be."""
+        one = self.pick(which)
+        if one.slots + count > MOST_TOKENS and not self.cut(one, one.slots // 3):
+            self.held.remove(one)
+            self.start_again()
+        if one in self.held:
+            return one
+        return self.held[-1]
 
     def cut(self, one, keep):
+        """Crop to `keep` slots; False where that is refused, as it must be."""
         keep = max(keep, 1 + min(row.slots[0] for row in one.rows))
+        if keep < one.slots and not all(row.may_crop(keep) for row in one.rows):
+            with pytest.raises(CacheError, match="were dropped"):
+                one.cache.crop(keep)
+            return False
         one.cache.crop(keep)
         one.slots = min(keep, one.slots)
         for row in one.rows:
@@ -198,6 +222,7 @@ class Operations(RuleBasedStateMachine):
             self.held.remove(one)
             if not self.held:
                 self.start_again()
+        return True
 
     def start_again(self):
         cache = folded(self.model, self.preset, sinks=SINKS, window=WINDOW, block=BLOCK)
@@ -225,6 +250,22 @@ class Operations(RuleBasedStateMachine):
             one.cache.batch_repeat_interleave(repeats)
             one.rows = [row.copy() for row in one.rows for _ in range(repeats)]
 
+    @rule(which=st.integers(0, 2), blocks=st.integers(0, 3))
+    def trim(self, which, blocks):
+        one = self.pick(which)
+        one.cache.trim(blocks * BLOCK + blocks)  # whole blocks count
+        for row in one.rows:
+            row.trim(blocks)
+
+    @rule(which=st.integers(0, 2))
+    def save_and_load(self, which):
+        one = self.pick(which)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache"
+            one.cache.save(path)
+            artefact = one.cache.config.artefact
+            one.cache = FoldedCache.load(self.model, path, artefact=artefact)
+
     @precondition(lambda self: len(self.held) < MOST_CACHES)
     @rule(which=st.integers(0, 2), count=st.integers(1, 2))
     def fork(self, which, count):
@@ -247,6 +288,8 @@ class Operations(RuleBasedStateMachine):
             assert timeline.slots == one.slots == one.cache.get_seq_length()
             assert timeline.lengths == [len(row.slots) for row in one.rows]
             assert timeline.folded == [row.folded for row in one.rows]
+            for r, row in enumerate(one.rows):
+                assert timeline.blocks(r) == [m for m in range(row.folded) if m not in row.dropped]
             keys, values = store.decoded(store.view_now(), torch.float32)
             for r, row in enumerate(one.rows):
                 place, seen = torch.tensor(row.slots), row.seen()
