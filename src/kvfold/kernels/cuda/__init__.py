@@ -165,6 +165,26 @@ def prepare_macros(
     }
 
 
+def merge_macros(
+    layer: Any, m: int, per: int, sink_logits: bool, dtype: torch.dtype
+) -> dict[str, int | str]:
+    """The constants that `merge.cu` is compiled with, `per` queries a program."""
+    c = layer.constants
+    return {
+        "HEADS": layer.heads,
+        "M": m,
+        "PER": per,
+        "D": layer.value_dim,
+        "C": layer.value.columns,
+        "GROUPS": int(c["V_GROUPS"]),
+        "DTYPE": DTYPES[dtype],
+        "GAIN_SUM": int(c["V_GAIN_SUM"]),
+        "OFFSET": int(c["V_OFFSET"]),
+        "MEAN": int(layer.value.operand.mean is not None),
+        "SINK_LOGITS": int(sink_logits),
+    }
+
+
 def options(found: dict[str, int | str]) -> list[str]:
     """They as options of a compiler."""
     return [f"-D{name}={value}" for name, value in found.items()]
@@ -320,19 +340,7 @@ def merge(
     if total > SHARED_OF_PROGRAM:
         raise ValueError(f"{splits} splits do not fit into a multiprocessor's shared memory")
     if key not in layer.native.kernels:
-        found: dict[str, int | str] = {
-            "HEADS": layer.heads,
-            "M": m,
-            "PER": per,
-            "D": dim,
-            "C": layer.value.columns,
-            "GROUPS": c["V_GROUPS"],
-            "DTYPE": DTYPES[dtype],
-            "GAIN_SUM": int(c["V_GAIN_SUM"]),
-            "OFFSET": int(c["V_OFFSET"]),
-            "MEAN": int(layer.value.operand.mean is not None),
-            "SINK_LOGITS": int(sink_logits),
-        }
+        found = merge_macros(layer, m, per, sink_logits, dtype)
         device = layer.table.device.index or 0
         kernel = compiled("merge", tuple(found.items()), SHARED_OF_PROGRAM, device)
         layer.native.kernels[key] = kernel
