@@ -14,6 +14,7 @@ Presets that need a calibration which is not at hand are named and left out.
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,27 @@ def text_kl(model, stock, folded, steps) -> float:
             )
             kl.append((p.exp() * (p - q)).sum().item())
     return sum(kl) / len(kl)
+
+
+def alone(model, cache, asked: Pairs, reference: Score, prune: int) -> tuple[Score, int]:
+    """Each question asked of a cache of its own, pruned when it has been read; and its bytes.
+
+    Rows that share pages share the attention that these get, so questions of one batch would be
+    pruned for all of them together: what is kept would then be what none of them needs most.
+    """
+    found, held = [], 0
+    for i in range(len(asked.questions)):
+        one, its = copy.deepcopy(cache), slice(i, i + 1)
+        question = replace(asked, questions=asked.questions[its], answers=asked.answers[its])
+        found.append(
+            ask(model, one, question, replace(reference, logits=reference.logits[its]), prune)
+        )
+        held = one.nbytes()["pages"]
+    digits, rows, kl = (
+        sum(getattr(score, name) for score in found) / len(found)
+        for name in ("digits", "pairs", "kl")
+    )
+    return Score(digits, rows, kl, torch.cat([score.logits for score in found])), held
 
 
 def variants(presets: list[str], composed: str, cold: int, block: int):
@@ -93,7 +115,11 @@ def measure(model, args, asked: Pairs, stock, text, presets: list[str]):
         except (kvfold.CodecError, kvfold.CalibrationError) as error:
             print(f"left out: {preset}: {str(error)[:90]}")
             continue
-        score = ask(model, cache, asked, reference, prune)
+        if prune is None:
+            score = ask(model, cache, asked, reference)
+            held = cache.nbytes()["pages"]
+        else:
+            score, held = alone(model, cache, asked, reference, prune)
         kl: float | str = ""
         if text is not None and (mode != "all" or preset in ("identity", args.composed)):
             behind, steps = text
@@ -101,7 +127,7 @@ def measure(model, args, asked: Pairs, stock, text, presets: list[str]):
                 options = {"prune": prune}
             folded = kvfold.FoldedCache.from_cache(model, behind, preset, **options)
             kl = round(text_kl(model, behind, folded, steps), 5)
-        yield row(preset, mode, budget, score, kl, cache.nbytes()["pages"])
+        yield row(preset, mode, budget, score, kl, held)
 
 
 def main() -> None:

@@ -133,6 +133,20 @@ def test_prune_keeps_what_attention_looks_at(llama, prompt):
         FoldedCache(llama, "identity").prune(48)
 
 
+def test_prune_keeps_what_one_layer_needs(llama, prompt):
+    """A page that one layer looks at stays before one that all look at a little."""
+    cache = FoldedCache(llama, "identity", prune=10**6, strict=True, **SMALL)
+    run(llama, prompt[:1], cache, [150, 2])
+    share = torch.zeros(3, len(cache.timeline.table[0]))
+    share[:, 2] = 0.3
+    share[1, 5] = 0.6
+    for layer, mass in zip(cache.layers, share, strict=True):
+        for number, got in zip(cache.timeline.table[0], mass, strict=True):
+            layer.store.mass[number] = torch.tensor((2 * got, 2.0))
+    cache.prune(16)
+    assert cache.timeline.blocks(0) == [5]
+
+
 def test_top_k_of_everything_is_everything(llama, prompt):
     parts = [200] + [1] * 30
     plain = run(llama, prompt, FoldedCache(llama, "turboquant4", **SMALL), parts)

@@ -614,7 +614,11 @@ class FoldedCache(DynamicCache):
         self.timeline.budget = self.config.budget(total)
 
     def _worth(self) -> list[float]:
-        """Mean attention mass of each page number over all layers, infinite where not yet seen."""
+        """What each page number is to the layer that attends to it most; infinite if not yet seen.
+
+        The mean over layers is blind: most layers look at no page in particular, and at a quarter
+        of the pages it kept the right ones for 17 % of retrieved digits where this keeps all.
+        """
         masses = [
             layer.store.mass.double().cpu()
             for layer in self.folded_layers
@@ -622,8 +626,8 @@ class FoldedCache(DynamicCache):
         ]
         if not masses:
             return [math.inf] * self.timeline.num_pages
-        mass, queries = torch.stack(masses).sum(0).unbind(-1)
-        return torch.where(queries > 0, mass / queries, torch.inf).tolist()
+        mass, queries = torch.stack(masses).unbind(-1)
+        return torch.where(queries > 0, mass / queries, torch.inf).amax(0).tolist()
 
     def _check_length(self, tokens: int, positions: Tensor | None) -> None:
         bounded = [layer for layer in self.folded_layers if layer.info.rope_limit is not None]
@@ -851,7 +855,10 @@ class FoldedCache(DynamicCache):
         self.timeline.trim(tokens // self.config.block)
 
     def prune(self, tokens: int | None = None, *, nbytes: int | None = None) -> None:
-        """Keep the cold pages of each row that got most attention.
+        """Keep the cold pages of each row that got most attention, in the layer that gave it.
+
+        Attention tells what was asked until now: prune once the question has been read. Rows that
+        share a page (a repeated prompt) share what it got.
 
         Args:
             tokens: budget of a row in cold tokens (whole pages).
