@@ -122,6 +122,7 @@ def test_a_kernel_that_does_not_know_of_holes_is_not_asked(monkeypatch):
     kernel = ModuleType("kernel")
     kernel.refuses = lambda q, view: None
     kernel.attend = lambda *args, **more: None
+    kernel.tables_of = lambda store: None
     monkeypatch.setattr(dispatch, "import_module", lambda name: kernel)
     monkeypatch.setitem(dispatch.KERNELS, "cpu", "kernel")
     q = torch.randn(1, 4, 1, 64)
