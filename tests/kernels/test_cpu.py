@@ -106,3 +106,13 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.allclose(*found, atol=1e-6)
+
+
+def test_slabs_that_moved_are_found() -> None:
+    """As many as before, in other places: a cache that was copied to another device and back."""
+    view = filled("int8")
+    check(view, 4)
+    for i, slab in enumerate(view.store.pool.slabs):
+        view.store.pool.slabs[i] = slab.clone()
+        slab.zero_()
+    check(view, 4)
