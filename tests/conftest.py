@@ -1,5 +1,6 @@
-"""What all tests share: no network, and GPU tests that are skipped in the open."""
+"""What all tests share: no network, and what a machine lacks is said in the open."""
 
+import importlib.util
 import os
 
 # set before anything imports huggingface_hub: a test that reaches for the network is a mistake
@@ -22,7 +23,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def page_walk_without_extension() -> None:
+    """Without the C++ extension nearly all caches, being strict, would raise: pages are walked."""
+    # imported late, so that the hook which checks shapes comes first
+    from kvfold.attention import dispatch
+    from kvfold.kernels import cpu
+
+    if cpu.native() is None:
+        dispatch.KERNELS.pop("cpu")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if importlib.util.find_spec("kvfold.kernels.cpu._native") is None:
+        terminalreporter.write_line(
+            "the C++ extension is not built: attention on CPUs ran in plain torch", yellow=True
+        )
     # read from the reports, since under xdist the tests were collected in other processes
     skipped = terminalreporter.stats.get("skipped", [])
     count = sum("gpu" in report.keywords and NO_GPU in str(report.longrepr) for report in skipped)

@@ -18,9 +18,11 @@ from transformers import (
 )
 
 import kvfold
+from kvfold.attention import dispatch
 from kvfold.codec import CodecError
 from kvfold.integrations.describe import UnsupportedError
-from kvfold.integrations.transformers import FoldedCache
+from kvfold.integrations.transformers import FoldedCache, FoldedWarning
+from kvfold.kernels import cpu
 
 from .conftest import tiny_llama
 
@@ -110,3 +112,21 @@ def test_enable_keeps_the_choice(prompt):
 def test_the_choice_has_two_names():
     with pytest.raises(CodecError, match="unsupported is 'skip'; possible: 'refuse', 'exact'"):
         FoldedCache(tiny_llama(), unsupported="skip")
+
+
+def test_without_the_extension_pages_are_walked_and_one_warning_says_so(llama, prompt, monkeypatch):
+    monkeypatch.setitem(dispatch.KERNELS, "cpu", "kvfold.kernels.cpu")
+    monkeypatch.setattr(cpu, "native", lambda: None)
+    missing = r"installed without its C\+\+ extension"
+    cache = FoldedCache(llama, "int8", window=64)
+    with torch.no_grad():
+        llama(prompt, past_key_values=cache)
+        with pytest.warns(FoldedWarning, match=missing):
+            llama(prompt[:, :1], past_key_values=cache)
+        llama(prompt[:, :1], past_key_values=cache)  # said once: another would be an error
+    assert cache.compressed_share() > 0
+    strict = FoldedCache(llama, "int8", window=64, strict=True)
+    with torch.no_grad():
+        llama(prompt, past_key_values=strict)
+        with pytest.raises(UnsupportedError, match=missing):
+            llama(prompt[:, :1], past_key_values=strict)
