@@ -231,7 +231,7 @@ def eviction() -> str:
     lines = [
         f"Digits of random key-value pairs given back from beyond the window ({first['questions']} "
         f"questions a length, `benchmarks/bench_retrieval.py`, {first['device']}); trim does not "
-        "know the question, prune has read it, top-k chooses for each token:",
+        "know the question, prune has read it (a cache a question), top-k chooses for each token:",
         "",
         f"| preset | what is kept or read | {' | '.join(f'{n} tokens' for n in lengths)} |",
         f"|---|---|{'---|' * len(lengths)}",
