@@ -1,4 +1,4 @@
-# make demo | test | nightly | lint | clean, on a machine with Python 3.11 or newer and no GPU.
+# make demo | test | nightly | sanitize | lint | clean, with Python 3.11 or newer and no GPU.
 # Variables can be set on the command line: make demo PRESETS=fp8,kivi2-g32
 
 PYTHON      ?= python3
@@ -16,11 +16,12 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT := build/demo
+SANITIZED := benchmarks/results/cpu_sanitize.log
 # shapes in signatures are checked here, and cost users nothing
 HOOKED := kvfold.codecs,kvfold.cache,kvfold.attention,beartype.beartype
 
 .DELETE_ON_ERROR:
-.PHONY: demo test nightly gpu lint format clean
+.PHONY: demo test nightly gpu sanitize lint format clean
 
 demo: $(VENV)/.stamp-demo $(OUT)/prompt.txt $(OUT)/text.txt
 	$(BIN)/kvfold generate --model $(MODEL) --preset $(PRESET) --prompt-file $(OUT)/prompt.txt \
@@ -42,6 +43,22 @@ gpu:
 	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
 	    "tests/gpu/test_graphs.py::test_replayed_tokens_and_pages_are_the_eager_ones[kivi4-g32-True]"
 	$(BIN)/python benchmarks/bench_model_cuda.py --seconds 240
+
+# the C++ kernel with address and undefined-behaviour checks, in a tree of its own; needs GCC
+sanitize: $(VENV)/.stamp-dev
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	$(BIN)/cmake -S src/kvfold/kernels/cpu/native -B build/sanitize/native -DKVFOLD_SANITIZE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	    -Dnanobind_DIR=$$($(BIN)/python -c 'import nanobind; print(nanobind.cmake_dir())')
+	$(BIN)/cmake --build build/sanitize/native --parallel
+	cp -r src tests pyproject.toml build/sanitize/
+	cp build/sanitize/native/_native.* build/sanitize/src/kvfold/kernels/cpu/
+	echo "# $$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2- | xargs), $$(g++ --version | head -1)," \
+	    "commit $$(git rev-parse --short HEAD), -fsanitize=address,undefined" > $(SANITIZED)
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=src \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py \
+	    tests/kernels/test_cpu_fuzz.py >> $(abspath $(SANITIZED))
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
