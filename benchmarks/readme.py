@@ -217,6 +217,41 @@ def model_cuda() -> str:
     return "\n".join(out)
 
 
+def cpu() -> str:
+    """Decode steps of the demo model, and the kernel alone, on a CPU."""
+    rows = csv_rows("cpu_step.csv")
+    timed = [r for r in rows if r["median_ms"]]
+    lengths = list(dict.fromkeys(r["tokens"] for r in rows))
+    out = [
+        f"SmolLM2-135M, milliseconds a decode step, {timed[0]['device']}, "
+        f"all caches in turn in one process, commit `{timed[0]['commit']}`:",
+        "",
+        "| cache | " + " | ".join(f"bfloat16, {int(n):,}" for n in lengths)
+        + " | " + " | ".join(f"float32, {int(n):,}" for n in lengths) + " |",
+        "|---" * (1 + 2 * len(lengths)) + "|",
+    ]  # fmt: skip
+    for name in dict.fromkeys(r["preset"] for r in timed):
+        found = {
+            (r["type"], r["tokens"]): float(r["median_ms"]) for r in timed if r["preset"] == name
+        }
+        cells = [f"{found[t, n]:.1f}" for t in ("bfloat16", "float32") for n in lengths]
+        out.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    kernel = {(r["what"], r["type"]): r for r in csv_rows("cpu_kernel.csv")}
+    base = float(kernel["SDPA, group as rows", "bfloat16"]["median_ms"])
+    names = ("kivi4-g64", "fisher2-post", "fisher2", "fisher4-post", "turboquant4", "fisher2-pre")
+    shown = ", ".join(
+        f"`{n}` {float(kernel[n, 'bfloat16']['median_ms']):.1f} ms "
+        f"({float(kernel[n, 'bfloat16']['speedup_over_bfloat16']):.2f} times as fast)"
+        for n in names
+    )
+    one = kernel["kivi4-g64", "bfloat16"]
+    return "\n".join(out) + (
+        f"\n\nThe kernel alone, {int(one['tokens']):,} tokens, {one['heads']} heads of "
+        f"{one['head_dim']}: torch's SDPA in its best arrangement takes {base:.1f} ms in bfloat16; "
+        f"{shown}."
+    )
+
+
 def eviction() -> str:
     """Retrieval for presets and budgets, the loaded prefix, the soak: from their results."""
 
@@ -272,6 +307,7 @@ TABLES = {
     "memory": memory,
     "decode_cuda": decode_cuda,
     "model_cuda": model_cuda,
+    "cpu": cpu,
     "eviction": eviction,
 }
 
