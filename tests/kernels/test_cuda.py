@@ -14,6 +14,7 @@ from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Timeline
 from kvfold.codec import Site
 from kvfold.kernels import cuda
+from kvfold.kernels.cuda import build
 from kvfold.transforms.rope import Rope
 
 decode = pytest.importorskip("kvfold.kernels.triton.decode")
@@ -30,23 +31,10 @@ def library():
 
 def compiled(name, macros, tmp_path):
     """Registers and bytes of stack of a kernel."""
-    nvrtc, program, size = library(), ctypes.c_void_p(), ctypes.c_size_t()
-    source = cuda.SOURCES[name].read_text(encoding="utf-8").encode()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernel.cu", 0, None, None)
-    options = [b"--gpu-architecture=sm_90", *(text.encode() for text in cuda.options(macros))]
-    failed = nvrtc.nvrtcCompileProgram(
-        program, len(options), (ctypes.c_char_p * len(options))(*options)
-    )
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert not failed, log.value.decode()
-    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    code = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetCUBIN(program, code)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    source = cuda.SOURCES[name].read_text(encoding="utf-8")
+    code = build.cubin(source, "sm_90", cuda.options(macros), library())
     file = tmp_path / f"{name}.cubin"
-    file.write_bytes(code.raw)
+    file.write_bytes(code)
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run(
@@ -97,6 +85,11 @@ def test_other_shapes_compile(m, dtype, tmp_path):
         macros = cuda.merge_macros(made, m, per, True, dtype)
         registers, _ = compiled("merge", macros, tmp_path)
         assert registers * cuda.MERGE_THREADS <= 65_536
+
+
+def test_what_the_compiler_says_is_passed_on():
+    with pytest.raises(RuntimeError, match=r"NVRTC refused a kernel for sm_90: .*undefined"):
+        build.cubin("__global__ void f() { missing(); }", "sm_90", [], library())
 
 
 def test_what_is_not_read_is_refused():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.kernels.cuda import build
 from kvfold.packing import SECTIONS
 
 SOURCES = {name: Path(__file__).parent / f"{name}.cu" for name in ("prepare", "attend", "merge")}
@@ -78,6 +79,20 @@ def operands(rows: Tensor) -> Tensor:
     # tile, g / 2, which row, g % 2, step, c, half, channel -> tile, step, g, c, half, row, channel
     x = x.permute(0, 1, 5, 2, 4, 6, 7, 3, 8)
     return x.reshape(heads, count // 16, dim // 16, 32, 8).to(torch.float16).contiguous()
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether a device runs these kernels and torch can compile and launch them."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        build.library()
+        from torch.cuda._utils import _cuda_load_module  # noqa: F401 (older versions have none)
+    except (ImportError, AttributeError, OSError):
+        return False
+    return True
 
 
 def whole_keys(layer: Any) -> bool:
@@ -267,10 +282,9 @@ def up(n: int, to: int) -> int:
 @functools.cache
 def compiled(name: str, found: tuple[tuple[str, int | str], ...], total: int, device: int) -> Any:
     """A kernel for these constants, with that much shared memory."""
+    source = SOURCES[name].read_text(encoding="utf-8")
+    kernel = build.load(source, name, options(dict(found)), device)
     with torch.cuda.device(device):
-        kernel = torch.cuda._compile_kernel(  # type: ignore[attr-defined]
-            SOURCES[name].read_text(encoding="utf-8"), name, nvcc_options=options(dict(found))
-        )
         kernel.set_shared_memory_config(total)
     return kernel
 

@@ -263,22 +263,12 @@ def _lower(store: LayerStore) -> Layer:
         weakref.ref(store),
         cost=tuple(150 + c for c in columns),
     )
-    if runs_natively(device):
+    if cuda.runs_on(device):
         layer.native = cuda.native(layer)
     if layer.native is None and v.chunks[2] and block == 128 and not interpreted():
         # their operands' registers lie otherwise than `unpack.assembly` takes them to
         raise NotLoweredError("values with columns of one bit are read on sm_90 and newer only")
     return layer
-
-
-def runs_natively(device: torch.device) -> bool:
-    """Whether the device runs kernels of `kvfold.kernels.cuda`."""
-    return (
-        device.type == "cuda"
-        and not torch.version.hip
-        and hasattr(torch.cuda, "_compile_kernel")
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
 
 
 def _check(store: LayerStore, key: Operand, value: Operand) -> None:
