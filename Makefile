@@ -37,11 +37,12 @@ test: lint
 nightly: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/nightly.py --steps $(STEPS) -- -n $(WORKERS)
 
-# on a machine with a CUDA device: its tests, memory checked in one of them, a whole model timed
+# on a machine with a CUDA device: its tests, memory checked in one of them, attention and a model timed
 gpu:
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
 	    "tests/gpu/test_graphs.py::test_replayed_tokens_and_pages_are_the_eager_ones[kivi4-g32-True]"
+	$(BIN)/python benchmarks/bench_decode_cuda.py --out benchmarks/results/decode_cuda.csv
 	$(BIN)/python benchmarks/bench_model_cuda.py --seconds 240
 
 # the C++ kernel with address and undefined-behaviour checks, in a tree of its own; needs GCC

@@ -31,8 +31,7 @@ def library():
 
 def compiled(name, macros, tmp_path):
     """Registers and bytes of stack of a kernel."""
-    source = cuda.SOURCES[name].read_text(encoding="utf-8")
-    code = build.cubin(source, "sm_90", cuda.options(macros), library())
+    code = build.cubin(cuda.source(name), "sm_90", cuda.options(macros), library())
     file = tmp_path / f"{name}.cubin"
     file.write_bytes(code)
     triton = pytest.importorskip("triton")

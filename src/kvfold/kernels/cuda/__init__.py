@@ -16,7 +16,7 @@ from torch import Tensor
 from kvfold.kernels.cuda import build
 from kvfold.packing import SECTIONS
 
-SOURCES = {name: Path(__file__).parent / f"{name}.cu" for name in ("prepare", "attend", "merge")}
+FOLDER = Path(__file__).parent
 #: queries of a program: with two bytes each, the eight columns of a product.
 TILE = 4
 #: warps of a multiprocessor that registers leave room for, and of a program: those that make most.
@@ -24,6 +24,8 @@ WARPS, WARPS_OF_PROGRAM = 16, (4, 2, 1)
 #: warps from which keys and values have a buffer each.
 APART_FROM = 14
 BLOCK = 128
+#: exact tokens of an item of work.
+EXACT_TOKENS = 64
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
 SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -136,7 +138,7 @@ def macros(layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype) -> di
     for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
         found[name] = int(c[name])
     found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype]}
-    found["ZERO_AT"] = zero_at(layer)
+    found |= {"ZERO_AT": zero_at(layer), "EXACT": EXACT_TOKENS}
     found |= {"K_WHOLE": int(layer.key.whole > 0), "APART": int(cut.apart)}
     found |= {"WARPS": cut.warps, "PROGRAMS": cut.programs}
     for name, side in (("K", layer.key), ("V", layer.value)):
@@ -200,6 +202,12 @@ def merge_macros(
     }
 
 
+def source(name: str) -> str:
+    """The CUDA C++ of a kernel: `attend`, `merge` or `prepare`."""
+    files = (FOLDER / file for file in ("common.cuh", f"{name}.cu"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
 def options(found: dict[str, int | str]) -> list[str]:
     """They as options of a compiler."""
     return [f"-D{name}={value}" for name, value in found.items()]
@@ -251,7 +259,7 @@ def _shared(layer: Any, m: int, mean_n: int, apart: bool) -> Shared:
     sums_at = up(max(values_at + values_whole, columns_at + keys + 1024), 128)
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     warp = up(sums_at + layer.value.columns * TILE * 4 + ends, 128)
-    exact = (4 * max(layer.key_dim, 2 * layer.value_dim) + 5 * 64) * 4
+    exact = (4 * max(layer.key_dim, 2 * layer.value_dim) + 5 * EXACT_TOKENS) * 4
     best = None
     for warps in WARPS_OF_PROGRAM:
         total = max((0 if c["PAGED"] else up(q, 128)) + warps * warp, exact)
@@ -282,8 +290,7 @@ def up(n: int, to: int) -> int:
 @functools.cache
 def compiled(name: str, found: tuple[tuple[str, int | str], ...], total: int, device: int) -> Any:
     """A kernel for these constants, with that much shared memory."""
-    source = SOURCES[name].read_text(encoding="utf-8")
-    kernel = build.load(source, name, options(dict(found)), device)
+    kernel = build.load(source(name), name, options(dict(found)), device)
     with torch.cuda.device(device):
         kernel.set_shared_memory_config(total)
     return kernel

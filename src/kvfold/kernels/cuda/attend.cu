@@ -19,20 +19,12 @@
 // row g are `4 (g / 2) + g % 2 + 2 (g / 2 % 2)`, of row g + 8 that ^ 2, so that rows lie in different
 // banks and the weights, transposed by movmatrix, are those of tokens 4c..4c+3.
 //
-// Constants come as macros, see __init__.py: WARPS, PROGRAMS, HEADS, M, D_K, D_V, K4.. (slots of 16 columns of a
+// Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact
+// tokens of an item), HEADS, M, D_K, D_V, K4.. (slots of 16 columns of a
 // section), K_WHOLE (sections are multiples of 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS..,
 // ZERO_AT (first byte of keys' zero points),
 // and flags.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned char u8;
-typedef unsigned short u16;
-
-#define BLOCK 128           // tokens of a page
-#define EXACT 64            // exact tokens of an item
-#define LOWEST (-1.0e30f)
-#define LOG2E 1.4426950408889634f
 #define KC (K4 + K2 + K1)   // slots of key chunks
 #define VC (V4 + V2 + V1)
 #define STATE (2 + 2 * V_GROUPS)
@@ -50,29 +42,9 @@ __device__ __forceinline__ float exp2_(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ __forceinline__ u32 half2_of(float low, float high) {
-    u32 y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-__device__ __forceinline__ float float_of_half(u16 x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
 __device__ __forceinline__ u32 times2(u32 a, u32 b) {
     u32 y;
     asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-    return y;
-}
-__device__ __forceinline__ u32 transposed(u32 x) {
-    u32 y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) {
-    u32 y;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
     return y;
 }
 __device__ __forceinline__ void product(float* d, const u32* a, u32 b0, u32 b1) {
@@ -117,8 +89,6 @@ __device__ constexpr int position(int width, int f) {
     return width == 4 ? 4 * (f & 1) : width == 2 ? 2 * f : f;
 }
 __device__ __forceinline__ float power(int n) { return __int_as_float((127 + n) << 23); }
-// float16 2^n in both halves, 2^-14 to 2^15
-__device__ constexpr u32 power2(int n) { return (u32)((n + 15) << 10) * 0x10001u; }
 
 // values of a table of 16 float16 numbers: bytes are looked up, upper and lower bytes apart
 struct Table {
@@ -410,22 +380,11 @@ __device__ __forceinline__ float soft_cap(float s, float cap) {
 // --- exact tokens --------------------------------------------------------------------------------
 
 #if DTYPE == 2
-typedef float State;
-__device__ __forceinline__ float wide(State x) { return x; }
 __device__ __forceinline__ float2 two(const State* p) { return *(const float2*)p; }
-#elif DTYPE == 1
-typedef u16 State;
-__device__ __forceinline__ float wide(State x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ float2 two(const State* p) {
-    u32 x = *(const u32*)p;
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
 #else
-typedef u16 State;
-__device__ __forceinline__ float wide(State x) { return float_of_half(x); }
 __device__ __forceinline__ float2 two(const State* p) {
     u32 x = *(const u32*)p;
-    return make_float2(float_of_half((u16)x), float_of_half((u16)(x >> 16)));
+    return make_float2(wide((State)x), wide((State)(x >> 16)));
 }
 #endif
 

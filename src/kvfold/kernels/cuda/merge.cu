@@ -6,46 +6,12 @@
 // Constants come as macros, see __init__.py: HEADS, M, PER, D, C (columns), GROUPS, DTYPE, and the flags
 // GAIN_SUM, OFFSET, MEAN, SINK_LOGITS.
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
-typedef unsigned short u16;
-
 #define THREADS 512
 #define PARTS (THREADS / (D / 2))  // threads that share two channels of the product
 #define EACH ((C + PARTS - 1) / PARTS)
 #define SPLIT_GROUPS 4
 #define AHEAD (PER == 1)  // few programs: registers for latency
 #define STATE (2 + 2 * GROUPS)
-#define LOWEST (-1.0e30f)
-#define LOG2E 1.4426950408889634f
-
-__device__ __forceinline__ float float_of_half(u16 x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-#if DTYPE == 2
-typedef float State;
-__device__ __forceinline__ State narrow(float x) { return x; }
-__device__ __forceinline__ float wide(State x) { return x; }
-#elif DTYPE == 1
-typedef u16 State;
-__device__ __forceinline__ State narrow(float x) {
-    u16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float wide(State x) { return __uint_as_float((u32)x << 16); }
-#else
-typedef u16 State;
-__device__ __forceinline__ State narrow(float x) {
-    u16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float wide(State x) { return float_of_half(x); }
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
     const float* sums, const float* states, const float* exact, const float* exact_state,
     const int* parts_of, const u16* matrix, const float* gain, const float* center,

@@ -9,13 +9,7 @@
 // of a section), MEAN_N, DTYPE, PAGED,
 // MEAN, TURN, PAGES (of a warp at once), ROPE_D (row length of `rope`).
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned char u8;
-typedef unsigned short u16;
-
 #define WARPS (64 / PAGES)
-#define BLOCK 128
 #define KC (K4 + K2 + K1)
 #define KS (D / 16)
 #define PAIRS (PAGES / 2)  // products of 8 columns: two pages of four queries
@@ -23,36 +17,6 @@ typedef unsigned short u16;
 #define PAD (D + 16)    // rows of queries lie in different banks
 #define MAGIC 12582912.0f  // 1.5 * 2^23: the low 16 bits of a sum with it are the rounded number
 
-#if DTYPE == 2
-typedef float State;
-__device__ __forceinline__ float wide(State x) { return x; }
-#elif DTYPE == 1
-typedef u16 State;
-__device__ __forceinline__ float wide(State x) { return __uint_as_float((u32)x << 16); }
-#else
-typedef u16 State;
-__device__ __forceinline__ float wide(State x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-#endif
-
-__device__ __forceinline__ u32 half2_of(float low, float high) {
-    u32 y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-__device__ __forceinline__ u32 transposed(u32 x) {
-    u32 y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) {
-    u32 y;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
-    return y;
-}
 __device__ __forceinline__ void product(float* d, uint4 a, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"

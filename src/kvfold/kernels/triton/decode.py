@@ -5,7 +5,8 @@
     merge     splits by their log-sum-exp, sums over columns back to states
 
 All that changes between steps lies in device tensors (`Located`, token numbers): no launch depends
-on a length, and programs without pages leave at once.
+on a length, and programs without pages leave at once. Where `kvfold.kernels.cuda` reads a layer,
+its kernels are launched with the same arguments.
 """
 
 # launches take options that the kernels' signatures do not name
@@ -39,7 +40,7 @@ MAX_QUERIES = 8
 #: queries of a program: the second axis of its products.
 TILE = 8
 #: exact tokens of a program.
-EXACT_TOKENS = 64
+EXACT_TOKENS = cuda.EXACT_TOKENS
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float16}
 
 
