@@ -19,18 +19,18 @@ from kvfold.packing import SECTIONS
 FOLDER = Path(__file__).parent
 #: queries of a program: with two bytes each, the eight columns of a product.
 TILE = 4
-#: warps of a multiprocessor that registers leave room for, and of a program: those that make most.
-WARPS, WARPS_OF_PROGRAM = 16, (4, 2, 1)
-#: warps from which keys and values have a buffer each.
-APART_FROM = 14
+#: warps of a multiprocessor that registers leave room for: codes of one width, others
+WARPS = 16, 12
+#: warps of a program: those that make most.
+WARPS_OF_PROGRAM = 4, 2, 1
 BLOCK = 128
-#: exact tokens of an item of work.
-EXACT_TOKENS = 64
+#: exact tokens of an item of work, which takes half as long as a page of a head.
+EXACT_TOKENS = 16
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
 SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-#: pages that the warps of a program of `prepare.cu` take at once
-PREPARE_PAGES = 64
+#: pages that a warp of `prepare.cu` takes at once, and its warps
+PREPARE_PAGES, PREPARE_WARPS = 4, 16
 MERGE_THREADS, MERGE_GROUPS = 512, 4
 
 
@@ -64,8 +64,8 @@ def native(layer: Any) -> "Native | None":
     key = layer.key
     rows = key.matrix.mT  # [heads, columns, dim], times 2^exponent
     gain = torch.zeros_like(rows[:, :16])
-    gain[:, 0] = layer.key.gain.half()
-    gain[:, 1] = (layer.key.gain - layer.key.gain.half().float()).half()
+    gain[:, 0] = key.gain.half()
+    gain[:, 1] = (key.gain - gain[:, 0].float()).half()
     parts = [rows, gain] if layer.mean is None else [rows, gain, layer.mean]
     reach = rows.float().norm(dim=-1).amax(-1) * 2.0**-key.exponent
     return Native(True, operands(torch.cat(parts, 1)), reach.float().contiguous(), {})
@@ -91,7 +91,7 @@ def runs_on(device: torch.device) -> bool:
         return False
     try:
         build.library()
-        from torch.cuda._utils import _cuda_load_module  # noqa: F401 (older versions have none)
+        build.driver()
     except (ImportError, AttributeError, OSError):
         return False
     return True
@@ -139,8 +139,7 @@ def macros(layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype) -> di
         found[name] = int(c[name])
     found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype]}
     found |= {"ZERO_AT": zero_at(layer), "EXACT": EXACT_TOKENS}
-    found |= {"K_WHOLE": int(layer.key.whole > 0), "APART": int(cut.apart)}
-    found |= {"WARPS": cut.warps, "PROGRAMS": cut.programs}
+    found |= {"K_WHOLE": int(layer.key.whole > 0), "WARPS": cut.warps, "PROGRAMS": cut.programs}
     for name, side in (("K", layer.key), ("V", layer.value)):
         found[f"{name}_LEVELS"] = int(side.levels is not None)
         if side.levels is not None:
@@ -160,10 +159,8 @@ def zero_at(layer: Any) -> int:
     return operand.bytes.get(operand.stored.page_zero or "", 0)
 
 
-def prepare_macros(
-    layer: Any, m: int, mean_n: int, dtype: torch.dtype, pages: int
-) -> dict[str, int | str]:
-    """The constants that `prepare.cu` is compiled with; `pages` of a warp, 4 or 8."""
+def prepare_macros(layer: Any, m: int, mean_n: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """The constants that `prepare.cu` is compiled with."""
     c = layer.constants
     return {
         "HEADS": layer.heads,
@@ -177,7 +174,6 @@ def prepare_macros(
         "PAGED": int(c["PAGED"]),
         "MEAN": int(c["MEAN"]),
         "TURN": int(layer.rope is not None),
-        "PAGES": pages,
         "ROPE_D": 0 if layer.rope is None else layer.rope.shape[1],
     }
 
@@ -220,7 +216,6 @@ class Shared:
     Args:
         warps: warps of a program; each walks pages of its own.
         programs: programs of a multiprocessor.
-        apart: whether keys and values have a buffer each.
         total: bytes of a program.
         warp: bytes of a warp.
         values_at: where in a warp's part its values begin.
@@ -229,7 +224,6 @@ class Shared:
 
     warps: int
     programs: int
-    apart: bool
     total: int
     warp: int
     values_at: int
@@ -237,12 +231,7 @@ class Shared:
 
 
 def shared(layer: Any, m: int, mean_n: int) -> Shared:
-    """How a multiprocessor's shared memory is cut: the most warps, two buffers if few are lost."""
-    one, two = (_shared(layer, m, mean_n, apart) for apart in (False, True))
-    return two if two.warps * two.programs >= APART_FROM else one
-
-
-def _shared(layer: Any, m: int, mean_n: int, apart: bool) -> Shared:
+    """How a multiprocessor's shared memory is cut: the most warps."""
     c = layer.constants
     q = query_bytes(layer, m)
     keys, values = (
@@ -251,35 +240,41 @@ def _shared(layer: Any, m: int, mean_n: int, apart: bool) -> Shared:
     )
     # a step and a zero point for each segment and channel, or a gain a token
     extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
-    columns_at = 16 + extra + q * c["PAGED"] + BLOCK * mean_n * 2 * c["MEAN"]
+    columns_at = 128 + extra + up(q, 128) * c["PAGED"] + BLOCK * mean_n * 2 * c["MEAN"]
     weights = BLOCK * c["V_GROUPS"] * (c["V_GAIN"] + 2 * c["V_OFFSET"])
     # a section's last chunks are read whole: 32 columns of keys, 16 of values
     values_whole = max(values + weights, values + (0 if layer.value.whole else 1024))
-    values_at = up(columns_at + keys, 128) if apart else columns_at
-    sums_at = up(max(values_at + values_whole, columns_at + keys + 1024), 128)
+    sums_at = up(columns_at + max(values_whole, keys + 1024), 128)
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
-    warp = up(sums_at + layer.value.columns * TILE * 4 + ends, 128)
-    exact = (4 * max(layer.key_dim, 2 * layer.value_dim) + 5 * EXACT_TOKENS) * 4
+    exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
+    gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes
+    warp = up(sums_at + max(layer.value.columns * TILE * 4 + ends + gains, exact), 128)
+    widths = sum(chunks > 0 for side in (layer.key, layer.value) for chunks in side.chunks)
+    most = WARPS[widths > 2]
     best = None
     for warps in WARPS_OF_PROGRAM:
-        total = max((0 if c["PAGED"] else up(q, 128)) + warps * warp, exact)
-        programs = min(WARPS // warps, SHARED // (total + RESERVED))
+        total = (0 if c["PAGED"] else up(q, 128)) + warps * warp
+        programs = min(most // warps, SHARED // (total + RESERVED))
         if best is None or programs * warps > best.programs * best.warps:
-            best = Shared(warps, programs, apart, total, warp, values_at, sums_at)
+            best = Shared(warps, programs, total, warp, columns_at, sums_at)
     assert best is not None
     return best
 
 
 def query_bytes(layer: Any, m: int) -> int:
-    """Bytes of the columns' queries of a page and program."""
-    return layer.key.columns * (2 * TILE if whole_keys(layer) else 2 * m)
+    """Bytes of the columns' queries of a page and program, and of what belongs to them."""
+    columns = layer.key.columns
+    return 2 * TILE * columns + 8 * TILE if whole_keys(layer) else 2 * m * columns
 
 
 def prepare_bytes(layer: Any, m: int) -> int:
     """Shared memory of `prepare.cu`."""
     dim, columns = layer.key_dim, layer.key.columns
     tiles = columns // 16 + 1 + (BLOCK // 16 if layer.constants["MEAN"] else 0)
-    return tiles * dim * 32 + (2 * m * (dim + 16) + columns + 4 + 2 * PREPARE_PAGES * dim + 4) * 4
+    return (
+        tiles * dim * 32
+        + (2 * m * (dim + 16) + columns + 4 + PREPARE_WARPS * PREPARE_PAGES * (8 + 2 * dim) + 4) * 4
+    )
 
 
 def up(n: int, to: int) -> int:
@@ -289,11 +284,25 @@ def up(n: int, to: int) -> int:
 
 @functools.cache
 def compiled(name: str, found: tuple[tuple[str, int | str], ...], total: int, device: int) -> Any:
-    """A kernel for these constants, with that much shared memory."""
-    kernel = build.load(source(name), name, options(dict(found)), device)
-    with torch.cuda.device(device):
-        kernel.set_shared_memory_config(total)
-    return kernel
+    """A kernel for these constants, with up to that much shared memory."""
+    return build.load(source(name), name, options(dict(found)), device, total)
+
+
+def cut_for(layer: Any, lines: int, capacity: int, exact_splits: int, cut: Shared, sms: int) -> int:
+    """Programs of `attend.cu`: those that a device has room for, fewer where pages are few.
+
+    Args:
+        layer: `kvfold.kernels.triton.decode.Layer`.
+        lines: rows and tiles of queries.
+        capacity: of a row, in pages.
+        exact_splits: items of exact tokens of a row and head.
+        cut: of its shared memory.
+        sms: multiprocessors of the device.
+    """
+    if lines * max(capacity, 1) * sum(layer.cost) >= 2**32:
+        raise ValueError(f"{lines} rows and tiles of {capacity} pages are more than a launch takes")
+    places = lines * layer.heads
+    return min(cut.programs * sms, places * exact_splits + -(-places * capacity // cut.warps))
 
 
 def prepare(
@@ -313,41 +322,52 @@ def prepare(
         mean_n: queries for which the mean's scores have room.
         dtype: of the queries.
     """
-    run = up(-(-places * pages // sms), 4)
-    each = 8 if run >= PREPARE_PAGES else 4
-    key = ("prepare", m, dtype, each)
+    run = up(-(-places * pages // sms), PREPARE_PAGES)
+    groups = min(run // PREPARE_PAGES, PREPARE_WARPS)  # of pages that warps take at once
+    share = 1 << (PREPARE_WARPS // groups).bit_length() - 1
+    key = ("prepare", m, dtype)
     if key not in layer.native.kernels:
         total = prepare_bytes(layer, m)
-        found = tuple(prepare_macros(layer, m, mean_n, dtype, each).items())
-        kernel = compiled("prepare", found, max(total, 49_152), layer.table.device.index or 0)
+        found = tuple(prepare_macros(layer, m, mean_n, dtype).items())
+        kernel = compiled("prepare", found, total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, total
     kernel, total = layer.native.kernels[key]
-    run = up(run, each)
-    grid, block = (places, -(-pages // run), 1), (32 * PREPARE_PAGES // each, 1, 1)
-    kernel(grid, block, [*arguments, run, *factors], shared_mem=total)
+    grid = places, -(-pages // run), 1
+    kernel(grid, 32 * PREPARE_WARPS, [*arguments, run, share, *factors], total)
 
 
 def attend(
-    layer: Any, grid: tuple[int, int], arguments: Sequence[Any], *, m: int, mean_n: int,
-    cap: bool, dtype: torch.dtype,
+    layer: Any, programs: int, arguments: Sequence[Any], *, m: int, mean_n: int, cap: bool,
+    dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Launch `attend.cu` with the arguments that come before the sizes of shared memory."""
+    """Launch `attend.cu` with the arguments that come before its cut."""
     key = ("attend", m, dtype, cap)
     if key not in layer.native.kernels:
         cut = shared(layer, m, mean_n)
         found = tuple(macros(layer, m, mean_n, cap, dtype).items())
-        kernel = compiled("attend", found, max(cut.total, 49_152), layer.table.device.index or 0)
+        kernel = compiled("attend", found, cut.total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]
-    sizes = cut.warp, cut.values_at, cut.sums_at
-    kernel((*grid, 1), (32 * cut.warps, 1, 1), [*arguments, *sizes], shared_mem=cut.total)
+    sizes = exact_cost(layer), inverse(programs), cut.warp, cut.values_at, cut.sums_at
+    kernel((programs, 1, 1), 32 * cut.warps, [*arguments, *sizes], cut.total)
+
+
+def exact_cost(layer: Any) -> int:
+    """What an item of exact tokens costs, in the units of `Layer.cost`."""
+    return sum(layer.cost) // (2 * layer.heads)
+
+
+def inverse(programs: int) -> int:
+    """2^32 / programs, as the 32 bits of an int."""
+    found = min(2**32 // programs, 2**32 - 1)
+    return found - 2**32 * (found >= 2**31)
 
 
 def merge(
     layer: Any, places: int, arguments: Sequence[Any], splits: int, unscale: float, *, m: int,
     sms: int, sink_logits: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Launch `merge.cu` for `places` rows and heads, whose records have room for `splits`.
+    """Launch `merge.cu` for `places` rows and heads, each of which has `splits` parts at most.
 
     A program takes one query where that leaves multiprocessors idle otherwise.
     """
@@ -356,8 +376,8 @@ def merge(
     c, dim = layer.constants, layer.value_dim
     parts = 2 * MERGE_THREADS // dim
     columns = layer.value.columns
-    fixed = (columns * (1 + MERGE_GROUPS) + parts * dim + 4 + 2 * c["V_GROUPS"]) * per
-    total = 4 * (fixed + splits * per + 64)
+    fixed = columns * (1 + MERGE_GROUPS) + (parts + MERGE_GROUPS) * dim + 4 + 2 * c["V_GROUPS"]
+    total = 4 * ((fixed + splits) * per + 64)
     if total > SHARED_OF_PROGRAM:
         raise ValueError(f"{splits} splits do not fit into a multiprocessor's shared memory")
     if key not in layer.native.kernels:
@@ -365,6 +385,5 @@ def merge(
         device = layer.table.device.index or 0
         kernel = compiled("merge", tuple(found.items()), SHARED_OF_PROGRAM, device)
         layer.native.kernels[key] = kernel
-    layer.native.kernels[key](
-        (places, -(-m // per), 1), (MERGE_THREADS, 1, 1), [*arguments, unscale], shared_mem=total
-    )
+    grid = places, -(-m // per), 1
+    layer.native.kernels[key](grid, MERGE_THREADS, [*arguments, unscale], total)

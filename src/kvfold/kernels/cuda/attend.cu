@@ -1,9 +1,11 @@
 // Decode attention on packed pages for sm_90: a warp walks whole pages on its own.
 //
-// One item of work is a run of a head's pages for one row and up to 8 queries of the head's group, or
-// 64 of the row's exact tokens. Bulk copies bring what a warp reads of a page into its part of shared
-// memory: keys, and once the scores are done the next page's keys; values likewise. Registers of
-// packed words are the operands of products after one `and` a field: field f of a 16-bit lane is the
+// A program takes a run of pages, which may go on from one head or row to the next (`Cut`), for up to
+// 4 queries of the head's group; the warps take turns. Items of 16 exact tokens, a warp each, come
+// before, while the first pages are on their way. Bulk copies bring what a warp reads of a page into its
+// part of shared memory: keys, once the scores are done values to their place, then the next page's
+// keys. The loop over pages reads nothing else from global memory, which would wait behind them, and
+// so must not spill. Registers of packed words are the operands of products after one `and` a field: field f of a 16-bit lane is the
 // subnormal float16 number digit * 2^(position - 24). Products are float16 x float16 with float32 sums.
 //
 //   scores   A = keys   [16 tokens x 32 columns],  B = queries [32 columns x 8]
@@ -28,7 +30,6 @@
 #define KC (K4 + K2 + K1)   // slots of key chunks
 #define VC (V4 + V2 + V1)
 #define STATE (2 + 2 * V_GROUPS)
-#define EXACT_WORDS (4 * (D_K > 2 * D_V ? D_K : 2 * D_V))
 #define WHOLE_KEYS (!K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
 
@@ -176,7 +177,7 @@ template <int WIDTH>
 __device__ __forceinline__ void add_scores(float (*s)[4][2], const u8* words, int count,
                                            const u8* queries, const Lane& l) {
     const int ROWS = 8 * WIDTH, SETS = WIDTH == 4 ? 2 : 1;  // 16-bit words of a column
-    queries += l.g * 16 + l.c * 4;
+    queries += (l.g >> 1) * 32 + l.c * 8 + (l.g & 1) * 4;
     int sums[2][4][4] = {};
     const int shift = WIDTH == 1 ? 4 * (l.first >> 3) : 0;
 #pragma unroll 1
@@ -296,6 +297,7 @@ __device__ __forceinline__ void add_values(float* sums, const u8* words, int cou
     const int part = WIDTH == 1 ? 4 * (l.c >> 1) : 0;
 #pragma unroll 2
     for (int j = 0; j < count; j += 16) {
+        // quarters in the lower and in the upper place of a pair: their sums are 2^WIDTH apart
         int fresh[2][4] = {};
         u32 x[SETS][4];
 #pragma unroll
@@ -303,17 +305,26 @@ __device__ __forceinline__ void add_values(float* sums, const u8* words, int cou
             uint2 low = pair(words + 32 * r), high = pair(words + 8 * (ROWS * 2) + 32 * r);
             x[r][0] = low.x, x[r][2] = low.y, x[r][1] = high.x, x[r][3] = high.y;
         }
+        if (WIDTH == 1) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[0][i] >>= part;
+        }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {  // quarters, or width 4: fields of halves
             const int r = WIDTH == 4 ? k & 1 : 0, f = WIDTH == 4 ? k >> 1 : k;
-            const u32 mask = ((1 << WIDTH) - 1) * 0x01010101u;
+            const u32 mask = ((1 << WIDTH) - 1) * 0x01010101u << (WIDTH * (f & 1));
             u32 a[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] = x[r][i] >> (WIDTH * f + part) & mask;
-            product_p(fresh[k & 1], a, h[k][0], h[k][1]);
+            for (int i = 0; i < 4; ++i) a[i] = x[r][i] >> (WIDTH * (f & 2)) & mask;
+            product_p(fresh[f & 1], a, h[k][0], h[k][1]);
         }
-        add_sum(sums, alpha, (float)((fresh[0][0] + fresh[1][0]) * 256 + (fresh[0][1] + fresh[1][1])) * unit);
-        add_sum(sums + 32, alpha, (float)((fresh[0][2] + fresh[1][2]) * 256 + (fresh[0][3] + fresh[1][3])) * unit);
+        const float below = unit * power(-WIDTH);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int high = (fresh[0][2 * i] << WIDTH) + fresh[1][2 * i];
+            int low = (fresh[0][2 * i + 1] << WIDTH) + fresh[1][2 * i + 1];
+            add_sum(sums + 32 * i, alpha, (float)(high * 256 + low) * below);
+        }
         words += 16 * ROWS * 2, sums += 64;
     }
 }
@@ -351,25 +362,32 @@ __device__ __forceinline__ void add_values_half(float* sums, const u8* words, in
 
 // numbers of a thread's tokens: out[half of the lanes][quarter][row g, row g + 8]
 template <int BYTES, int GROUPS>
-__device__ __forceinline__ void numbers(float (*out)[4][2], const u8* field, int group, const Lane& l) {
+__device__ __forceinline__ void numbers(float (*out)[4][2], const u8* field, int group, float* room,
+                                        const Lane& l) {
+    if (BYTES == 1) {  // a lane makes four of them, for all
+        u32 four = ((const u32*)field)[l.g * 4 + l.c];
+        float made[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            // 2^23 + byte is made of bits, not converted
+            u32 bits = bytes_of(four, 0x4B000000u, 0x7540u | i);
+            float y = exp2_(__uint_as_float(bits) * 0.0625f - (524288.0f + 8.0f));
+            made[i] = bits == 0x4B000000u ? 0.0f : y;
+        }
+        ((float4*)room)[l.g * 4 + l.c] = make_float4(made[0], made[1], made[2], made[3]);
+        __syncwarp();
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int f = 0; f < 4; ++f) {
-            const u8* at = field + (32 * f + 16 * r) * (BYTES * GROUPS) + group * BYTES;
             if (BYTES == 1) {
-                u32 four = *(const u32*)(at + (l.first & 12));
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    // 2^23 + byte is made of bits, not converted
-                    u32 bits = bytes_of(four, 0x4B000000u, 0x7540u | ((i ? l.second : l.first) & 3));
-                    float y = exp2_(__uint_as_float(bits) * 0.0625f - (524288.0f + 8.0f));
-                    out[r][f][i] = bits == 0x4B000000u ? 0.0f : y;
-                }
-            } else {
-                out[r][f][0] = float_of_half(*(const u16*)(at + l.first * (2 * GROUPS)));
-                out[r][f][1] = float_of_half(*(const u16*)(at + l.second * (2 * GROUPS)));
+                out[r][f][0] = room[32 * f + 16 * r + l.first], out[r][f][1] = room[32 * f + 16 * r + l.second];
+                continue;
             }
+            const u8* at = field + (32 * f + 16 * r) * (BYTES * GROUPS) + group * BYTES;
+            out[r][f][0] = float_of_half(*(const u16*)(at + l.first * (2 * GROUPS)));
+            out[r][f][1] = float_of_half(*(const u16*)(at + l.second * (2 * GROUPS)));
         }
 }
 
@@ -380,452 +398,551 @@ __device__ __forceinline__ float soft_cap(float s, float cap) {
 // --- exact tokens --------------------------------------------------------------------------------
 
 #if DTYPE == 2
-__device__ __forceinline__ float2 two(const State* p) { return *(const float2*)p; }
+typedef float2 Two;
+__device__ __forceinline__ float2 two(Two x) { return x; }
 #else
-__device__ __forceinline__ float2 two(const State* p) {
-    u32 x = *(const u32*)p;
-    return make_float2(wide((State)x), wide((State)(x >> 16)));
-}
+typedef u32 Two;
+__device__ __forceinline__ float2 two(Two x) { return make_float2(wide((State)x), wide((State)(x >> 16))); }
 #endif
 
-// 64 of the sinks and the window in float32: two threads a token for scores; for values a thread has
-// two channels of half the tokens
-__device__ __forceinline__ void attend_exact(
+// 16 of the sinks and the window for a warp, in float32: two lanes a token for scores, then a lane has
+// pairs of channels of all tokens. All that is read is asked for before any of it is used.
+__device__ __noinline__ void attend_exact(
     const State* q, const State* keys, const State* values, const int* tokens,
-    const int* query_tokens, float* out, float* state, float* shared, int row, int head, int split,
+    const int* query_tokens, float* out, float* state, float* scratch, int row, int head, int split,
     int exact_tokens, int query_heads, int queries, int group, int tile, float scale, float cap) {
-    const int THREADS = 32 * WARPS;
-    int thread = threadIdx.x;
-    float* wanted = shared;               // [D_K][4] queries, then [2][D_V][4] sums
-    float* p = wanted + EXACT_WORDS;      // [EXACT][4]
-    float* there = p + EXACT * 4;         // [EXACT]
-    for (int i = thread; i < D_K * M; i += THREADS) {
-        int d = i % D_K, n = i / D_K, which = tile * M + n;
-        float x = 0.0f;
-        if (which < group * queries)
-            x = wide(q[((u64)((row * query_heads + head * group + which / queries) * queries +
-                              which % queries)) * D_K + d]) * scale;
-        wanted[d * 4 + n] = x;
+    const int IN_16 = 16 / sizeof(State), CHUNKS = D_K / IN_16 / 2;  // 16 bytes each, of a lane
+    const int BATCH = CHUNKS > 4 ? 4 : CHUNKS, PAIRS = (D_V + 63) / 64;
+    const int lane = threadIdx.x & 31, half = lane & 1, first = split * EXACT;
+    const int slot = min(first + (lane >> 1), exact_tokens - 1);
+    const u64 base = (u64)(row * HEADS + head) * exact_tokens;
+    const uint4* k = (const uint4*)(keys + (base + slot) * D_K) + half;
+    uint4 chunk[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) chunk[i] = k[2 * i];
+    Two value[EXACT];
+    auto fetch = [&](int d) {
+#pragma unroll
+        for (int t = 0; t < EXACT; ++t)
+            value[t] = *(const Two*)(values + (base + min(first + t, exact_tokens - 1)) * D_V + d);
+    };
+    fetch(min(2 * lane, D_V - 2));
+    const int token = first + (lane >> 1) < exact_tokens ? tokens[row * exact_tokens + slot] : -1;
+    auto wanted = [&](int d) { return (float4*)scratch + d + d / IN_16; };  // chunks begin in other banks
+    float4* p = wanted(D_K);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        int which = tile * M + n;
+        bool there = n < M && which < group * queries;
+        const State* from = q + ((u64)((row * query_heads + head * group + which / queries) * queries +
+                                       which % queries)) * D_K;
+        for (int d = lane; d < D_K; d += 32) ((float*)wanted(d))[n] = there ? wide(from[d]) * scale : 0.0f;
     }
-    __syncthreads();
-    u64 base = (u64)(row * HEADS + head) * exact_tokens;
-    for (int at = thread / 2; at < EXACT; at += 16 * WARPS) {
-        int t = split * EXACT + at;
-        int token = t < exact_tokens ? tokens[row * exact_tokens + t] : -1;
-        float s[4] = {};
-        if (token >= 0) {
-            const State* k = keys + (base + t) * D_K + (thread & 1) * (D_K / 2);
-            const float4* w = (const float4*)wanted + (thread & 1) * (D_K / 2);
-#pragma unroll 16
-            for (int d = 0; d < D_K / 2; d += 2) {
-                float2 x = two(k + d);
-                float4 y = w[d], z = w[d + 1];
-                s[0] += x.x * y.x + x.y * z.x, s[1] += x.x * y.y + x.y * z.y;
-                s[2] += x.x * y.z + x.y * z.z, s[3] += x.x * y.w + x.y * z.w;
+    __syncwarp();
+    float s[4] = {};
+#pragma unroll 1
+    for (int from = 0; from < CHUNKS; from += BATCH) {
+        if (from) {
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) chunk[i] = k[2 * min(from + i, CHUNKS - 1)];
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const float4* w = wanted((2 * (from + i) + half) * IN_16);
+            const u32 words[4] = {chunk[i].x, chunk[i].y, chunk[i].z, chunk[i].w};
+            if (CHUNKS % BATCH && from + i >= CHUNKS) continue;
+#pragma unroll
+            for (int j = 0; j < IN_16; ++j) {
+                float x = IN_16 == 4 ? __uint_as_float(words[j % 4])
+                                     : wide((State)(j & 1 ? words[j / 2] >> 16 : words[j / 2]));
+                float4 y = w[j];
+                s[0] += x * y.x, s[1] += x * y.y, s[2] += x * y.z, s[3] += x * y.w;
             }
         }
-        if (!(thread & 1)) {
-            there[at] = token >= 0 ? 1.0f : 0.0f;
-#pragma unroll
-            for (int n = M; n < 4; ++n) p[at * 4 + n] = 0.0f;
-        }
-#pragma unroll
-        for (int n = 0; n < M; ++n) {
-            float x = s[n] + __shfl_xor_sync(0xffffffffu, s[n], 1);
-            if (CAP) x = soft_cap(x, cap);
-            int which = tile * M + n;
-            int asker = which < group * queries ? query_tokens[row * queries + which % queries] : -1;
-            if (!(thread & 1)) p[at * 4 + n] = token >= 0 && token <= asker ? x : LOWEST;
-        }
     }
-    __syncthreads();
-    for (int n = thread / 32; n < M; n += WARPS) {
-        int lane = thread & 31;
-        float a = p[lane * 4 + n], b = p[(lane + 32) * 4 + n], m = fmaxf(a, b);
-        for (int o = 16; o; o >>= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
-        a = a > LOWEST * 0.5f ? exp2_(a - m) : 0.0f, b = b > LOWEST * 0.5f ? exp2_(b - m) : 0.0f;
-        p[lane * 4 + n] = a, p[(lane + 32) * 4 + n] = b;
-        float norm = a + b;
-        for (int o = 16; o; o >>= 1) norm += __shfl_xor_sync(0xffffffffu, norm, o);
-        if (lane == 0) state[n] = m, state[M + n] = norm;
+    float m[4], norm[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        s[n] += __shfl_xor_sync(0xffffffffu, s[n], 1);
+        if (CAP) s[n] = soft_cap(s[n], cap);
+        int which = tile * M + n;
+        int asker = n < M && which < group * queries ? query_tokens[row * queries + which % queries] : -1;
+        bool seen = token >= 0 && token <= asker;
+        m[n] = seen ? s[n] : LOWEST;
+        for (int o = 2; o < 32; o <<= 1) m[n] = fmaxf(m[n], __shfl_xor_sync(0xffffffffu, m[n], o));
+        s[n] = seen ? exp2_(s[n] - m[n]) : 0.0f;
+        norm[n] = s[n];
+        for (int o = 2; o < 32; o <<= 1) norm[n] += __shfl_xor_sync(0xffffffffu, norm[n], o);
+        if (lane == 0 && n < M) state[n] = m[n], state[M + n] = norm[n];
     }
-    __syncthreads();
-    int most = min(EXACT, exact_tokens - split * EXACT);
-    for (int i = thread; i < D_V; i += THREADS) {
-        int d = i % (D_V / 2) * 2, from = i / (D_V / 2) * (EXACT / 2);
+    if (!half) p[lane >> 1] = make_float4(s[0], s[1], s[2], s[3]);
+    const u32 real = __ballot_sync(0xffffffffu, token >= 0);  // what an empty slot holds may be anything
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < PAIRS; ++i) {
+        const int d = 2 * lane + 64 * i;
+        if (i) fetch(min(d, D_V - 2));
         float x[4] = {}, y[4] = {};
-        const State* v = values + (base + split * EXACT) * D_V + d;
-#pragma unroll 16
-        for (int t = from; t < min(from + EXACT / 2, most); ++t) {
-            float2 z = two(v + t * D_V);
-            float4 w = ((const float4*)p)[t];
-            bool real = there[t] > 0.0f;  // what an empty slot holds may be anything
-            z.x = real ? z.x : 0.0f, z.y = real ? z.y : 0.0f;
-            x[0] += w.x * z.x, x[1] += w.y * z.x, x[2] += w.z * z.x, x[3] += w.w * z.x;
-            y[0] += w.x * z.y, y[1] += w.y * z.y, y[2] += w.z * z.y, y[3] += w.w * z.y;
+#pragma unroll
+        for (int t = 0; t < EXACT; ++t) {
+            float2 v = two(real >> 2 * t & 1 ? value[t] : Two{});
+            float4 w = p[t];
+            x[0] += w.x * v.x, x[1] += w.y * v.x, x[2] += w.z * v.x, x[3] += w.w * v.x;
+            y[0] += w.x * v.y, y[1] += w.y * v.y, y[2] += w.z * v.y, y[3] += w.w * v.y;
         }
-        float4* sums = (float4*)wanted + (from > 0) * D_V + d;
-        sums[0] = make_float4(x[0], x[1], x[2], x[3]), sums[1] = make_float4(y[0], y[1], y[2], y[3]);
+#pragma unroll
+        for (int n = 0; n < M; ++n)
+            if (d < D_V) *(float2*)(out + n * D_V + d) = make_float2(x[n], y[n]);
     }
-    __syncthreads();
-    for (int i = thread; i < D_V * M; i += THREADS) {
-        int d = i % D_V, n = i / D_V;
-        out[i] = wanted[d * 4 + n] + wanted[(D_V + d) * 4 + n];
-    }
+    __syncwarp();
 }
 
 // --- pages ---------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
-    const int* items, const int* heads, const int* folded, const u64* addresses, int capacity,
-    const u8* q, const float* terms, const u8* means,
+    const int* heads, const int* costs, const int* folded, const int* table, const u64* slabs, int capacity,
+    int slab_pages, int page_bytes, const u8* q, const u8* means,
     const State* raw_q, const State* keys, const State* values, const int* tokens,
-    const int* query_tokens, int exact_tokens, int query_heads, int queries, int group, int tiles,
+    const int* query_tokens, int exact_tokens, int rows, int query_heads, int queries, int group, int tiles,
     double scale_, double cap_, float* sums, float* states, float* exact, float* exact_state,
-    int splits, int exact_splits, int warp_bytes, int values_at, int sums_at) {
+    int exact_splits, int exact_cost, int inverse, int warp_bytes, int values_at, int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
-    const int* item = items + blockIdx.x * 4;
-    int kind = item[0], head = item[1], split = item[2], parts = item[3];
-    int row = blockIdx.y / tiles, tile = blockIdx.y % tiles;
-    int place = (row * tiles + tile) * HEADS + head;
     float scale = (float)scale_, cap = (float)cap_;
-    if (kind == 1) {
-        int record = place * exact_splits + split;
-        attend_exact(raw_q, keys, values, tokens, query_tokens, exact + (u64)record * (M * D_V),
-                     exact_state + record * (2 * M), (float*)shared, row, head, split, exact_tokens,
-                     query_heads, queries, group, tile, scale, cap);
-        return;
-    }
-    int pages = folded[row];
-    int low = (int)((long long)split * pages / parts), high = (int)((long long)(split + 1) * pages / parts);
-    int record = place * splits + split;
-    states += record * (STATE * M);
-    sums += (u64)record * (M * VC * 16);
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (low >= high) {
-        if (threadIdx.x < M) states[threadIdx.x] = LOWEST, states[M + threadIdx.x] = 0.0f;
-        return;
-    }
+    if (!capacity) wait_for_launch_before();
+    if (lane < HEADS) asm volatile("prefetch.global.L1 [%0];" ::"l"(heads + lane * 16));
+    if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(slabs));
+    const u32 all_costs = costs[HEADS];
+    const Cut cut = cut_of(folded, rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
+                           gridDim.x, inverse);
+    u32 exact_from, exact_to;
+    const u32 begin = begin_of(cut, blockIdx.x, &exact_from), end = begin_of(cut, blockIdx.x + 1, &exact_to);
 
     // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
-    // columns of keys and then of values, sums
+    // columns of keys and then of values, sums (before them: queries and weights of exact tokens)
     const int K_EXTRA = K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0;
-    const int Q_BYTES = WHOLE_KEYS ? KC * 128 : KC * 16 * M * 2;
-    const int QUERY_AT = 16 + K_EXTRA, MEANS_AT = QUERY_AT + (PAGED ? Q_BYTES : 0);
+    // behind the queries of whole keys: what is added to their sums, and their unit, [4][2]
+    const int Q_BYTES = WHOLE_KEYS ? KC * 128 + 32 : KC * 16 * M * 2;
+    const int EXTRA_AT = 128;  // copies to whole lines are much faster
+    const int QUERY_AT = EXTRA_AT + K_EXTRA, MEANS_AT = QUERY_AT + (PAGED ? (Q_BYTES + 127) / 128 * 128 : 0);
     const int COLUMNS_AT = MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0);
+    const int WARPS_AT = PAGED ? 0 : (Q_BYTES + 127) / 128 * 128;
+    const u32 ENDS = VC * 16 * 4 * 4;
     u8* shared_q = shared;
-    u8* mine = shared + (PAGED ? 0 : (Q_BYTES + 127) / 128 * 128) + warp * warp_bytes;
+    u8* mine = shared + WARPS_AT + warp * warp_bytes;
     u32 key_barrier = shared_address(mine), value_barrier = key_barrier + 8;
     u8* columns_in = mine + COLUMNS_AT;
     u8* values_in = mine + values_at;
     float* sums_in = (float*)(mine + sums_at);
-    float* ends = (float*)(mine + sums_at + VC * 16 * 4 * 4);  // [STATE][4] of this warp
+    float* ends = (float*)(mine + sums_at + ENDS);  // [STATE][4] of this warp
+    float* room = ends + STATE * 4;                 // [BLOCK] for `numbers`
     if (lane == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(key_barrier));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(value_barrier));
         asm volatile("fence.mbarrier_init.release.cluster;");
         asm volatile("fence.proxy.async.shared::cta;");
     }
-    if (!PAGED)
-        for (int i = threadIdx.x; i < Q_BYTES / 16; i += 32 * WARPS)
-            ((uint4*)shared_q)[i] = ((const uint4*)(q + (u64)place * Q_BYTES))[i];
-    for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
-
-    const int* about = heads + head * 16;
-    int k4 = about[6], k2 = about[7], k1 = about[8], v4 = about[9], v2 = about[10], v1 = about[11];
-    // what each lane copies of a page: keys' parts by lanes 0 to 5, values' by 8 to 12
-    u32 from = 0, to = 0, bytes = 0;
-    u64 other = 0;  // where the part is not in the page: its first byte, and bytes a page
-    u32 stride = 0;
-    u32 weights_at = v4 * 64 + v2 * 32 + v1 * 16;
-    const int V_EXTRA = BLOCK * V_GAIN * V_GROUPS;
-    if (lane == 0) from = about[0] * 2, to = COLUMNS_AT, bytes = k4 * 64;
-    if (lane == 1) from = about[1] * 2, to = COLUMNS_AT + k4 * 64, bytes = k2 * 32;
-    if (lane == 2) from = about[2] * 2, to = COLUMNS_AT + k4 * 64 + k2 * 32, bytes = k1 * 16;
-    const int ZEROS = SEGMENTS > 1 ? K_EXTRA / 2 : 0;  // bytes of a page's zero points
-    if (lane == 3) from = K_GAIN ? about[12] : about[15], to = 16, bytes = K_EXTRA - ZEROS;
-    if (lane == 6) from = ZERO_AT + head * ZEROS, to = 16 + ZEROS, bytes = ZEROS;
-    if (PAGED && lane == 4) {
-        other = (u64)q + (u64)place * capacity * Q_BYTES, stride = Q_BYTES;
-        to = QUERY_AT, bytes = Q_BYTES;
-    }
-    if (MEAN && lane == 5) {
-        stride = BLOCK * MEAN_N * 2, other = (u64)means + (u64)place * capacity * stride;
-        to = MEANS_AT, bytes = stride;
-    }
-    if (lane == 8) from = about[3] * 2, to = values_at, bytes = v4 * 64;
-    if (lane == 9) from = about[4] * 2, to = values_at + v4 * 64, bytes = v2 * 32;
-    if (lane == 10) from = about[5] * 2, to = values_at + v4 * 64 + v2 * 32, bytes = v1 * 16;
-    if (lane == 11) from = about[13], to = values_at + weights_at, bytes = V_EXTRA;
-    if (V_OFFSET && lane == 12) from = about[14], to = values_at + weights_at + V_EXTRA, bytes = BLOCK * 2 * V_GROUPS;
-    u32 key_bytes = lane < 8 ? bytes : 0, value_bytes = lane < 8 ? 0 : bytes;
-    to += shared_address(mine);
-    u32 key_total = __reduce_add_sync(0xffffffffu, key_bytes);
-    u32 value_total = __reduce_add_sync(0xffffffffu, value_bytes);
-    __syncthreads();
-
-    addresses += (u64)row * capacity;
-    auto fetch_values = [&](u64 address) {
-        if (lane == 0) expect(value_barrier, value_total);
-        __syncwarp();
-        if (value_bytes) copy(to, address + from, value_bytes, value_barrier);
-    };
-    auto fetch_columns = [&](u64 address) {
-        if (lane < 3 && key_bytes) copy(to, address + from, key_bytes, key_barrier);
-    };
-    auto fetch_extras = [&](int page, u64 address) {  // before the columns
-        if (lane == 0) expect(key_barrier, key_total);
-        __syncwarp();
-        if (lane >= 3 && key_bytes)
-            copy(to, other ? other + (u64)page * stride : address + from, key_bytes, key_barrier);
-    };
-    // what is added to a query's sums, and their unit: [page or 1][M][2]
-    if (WHOLE_KEYS) terms += (u64)place * (PAGED ? (u64)capacity * (2 * M) : 2 * M);
+    __syncwarp();
     Lane l;
     l.g = lane >> 2, l.c = lane & 3;
     l.first = 4 * (l.g >> 1) + (l.g & 1) + 2 * ((l.g >> 1) & 1);
     l.second = l.first ^ 2;
     const int query = min(l.c, M - 1);
-    float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
-    auto fetch_terms = [&](int page) {
-        const float* at = terms + (PAGED ? (u64)page * (2 * M) : 0) + 2 * query;
-        if (WHOLE_KEYS) first_terms[0] = at[0], q_unit = at[1];
-    };
 
-    float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
-    int page = low + warp;
-    u64 next = 0;
-    if (page < high) {
-        u64 address = addresses[page];
-        fetch_extras(page, address);
-        fetch_columns(address);
-        if (APART) fetch_values(address);
-        fetch_terms(page);
-        next = address;
+    // the row of the first page: rows before it, their cost, and its own pages
+    int row = 0, pages = 0;
+    u32 row_begin = 0;
+    const bool any = begin < cut.total;
+    for (int base = 0; any; base += 32) {
+        int n = base + lane < rows ? folded[base + lane] : 0, sum = n;
+        for (int o = 1; o < 32; o <<= 1) {
+            int before = __shfl_up_sync(0xffffffffu, sum, o);
+            sum += lane >= o ? before : 0;
+        }
+        u32 here = (u32)__shfl_sync(0xffffffffu, sum, 31) * tiles * all_costs;
+        if (begin - row_begin < here) {
+            int k = __popc(__ballot_sync(0xffffffffu, sum * tiles * all_costs <= begin - row_begin));
+            row = base + k, pages = __shfl_sync(0xffffffffu, n, k);
+            row_begin += (__shfl_sync(0xffffffffu, sum, k) - pages) * tiles * all_costs;
+            break;
+        }
+        row_begin += here;
     }
-    for (u32 parity = 0; page < high; page += WARPS, parity ^= 1) {
-        u64 address = next;
-        if (page + WARPS < high) next = addresses[page + WARPS];
-        float s[2][4][2] = {};
-        wait(key_barrier, parity);
-        const u8* queries_in = PAGED ? mine + QUERY_AT : shared_q;
-        const u8* steps = mine + 16;
-        const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
-        if (WHOLE_KEYS) {
-            if (K4) add_scores<4>(s, columns_in, k4, queries_in, l);
-            if (K2) add_scores<2>(s, k2_in, k2, queries_in + K4 * 128, l);
-            if (K1) add_scores<1>(s, k1_in, k1, queries_in + (K4 + K2) * 128, l);
-        } else {
-            float zeros[4] = {};
-            if (K4) add_scores_half<4>(s, zeros, columns_in, k4, queries_in, steps, l);
-            if (K2) add_scores_half<2>(s, zeros, k2_in, k2, queries_in + K4 * (M * 32), steps, l);
-            if (K1) add_scores_half<1>(s, zeros, k1_in, k1, queries_in + (K4 + K2) * (M * 32), steps, l);
-#pragma unroll
-            for (int k = 0; k < SEGMENTS; ++k)
-                if (SEGMENTS > 1) first_terms[k] = __shfl_sync(0xffffffffu, zeros[0], 4 * k + l.c);
-        }
+    // where it is lies in shared memory, as registers are few: behind the barriers of each warp
+    struct Walk {
+        u32 begin, end, line_begin, line_cost;
+        int row, tile, head, pages;
+        int k4, k2, k1, v4, v2, v1;      // columns of the head
+        u32 key_bytes, value_bytes;  // that copies bring
+        u32 done;                    // pages of the warp
+    };
+    Walk* walk = (Walk*)(mine + 32);
+    {
+        u32 line_cost = pages * all_costs;
+        int tile = any ? (begin - row_begin) / line_cost : 0, head = 0;
+        u32 line_begin = row_begin + tile * line_cost;
+        while (head + 1 < HEADS && begin - line_begin >= costs[head + 1] * pages) ++head;
+        if (lane == 0) *walk = {begin, end, line_begin, line_cost, row, tile, head, pages, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         __syncwarp();
-        if (!APART) fetch_values(address);
-        float w[2][4][2];
-        if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, l);
-        float top = LOWEST;
-        const u8* means_in = mine + MEANS_AT + l.c * 2;
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int f = 0; f < 4; ++f)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float x = s[r][f][i];
-                    if (WHOLE_KEYS || SEGMENTS > 1) x = x * q_unit + first_terms[f * SEGMENTS / 4];
-                    float mean = 0.0f;
-                    if (MEAN)
-                        mean = float_of_half(*(const u16*)(
-                            means_in + (32 * f + 16 * r + (i ? l.second : l.first)) * (MEAN_N * 2)));
-                    x = K_GAIN ? x * w[r][f][i] + mean : x + mean;
-                    if (CAP) x = soft_cap(x, cap);
-                    s[r][f][i] = x;
-                    top = fmaxf(top, x);
-                }
-        __syncwarp();
-        if (page + WARPS < high) {
-            fetch_extras(page + WARPS, next);
-            if (APART) fetch_columns(next);
-            fetch_terms(page + WARPS);
-        }
-        for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
-        top = fmaxf(top, m);
-        float alpha = exp2_(m - top), sum = 0.0f;
-        m = top;
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int f = 0; f < 4; ++f)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    s[r][f][i] = exp2_(s[r][f][i] - m);
-                    sum += s[r][f][i];
-                }
-        norm = norm * alpha + sum;
+    }
 
-        wait(value_barrier, parity);
-        const int FIRST = V4 ? V4 : V2 ? V2 : V1, VB = V4 ? 4 : V2 ? 2 : 1;
-        const u8 *v2_in = values_in + v4 * 64, *v1_in = v2_in + v2 * 32;
-#pragma unroll
-        for (int group = 0; group < V_GROUPS; ++group) {
-            if (V_OFFSET) {
-                numbers<2, V_GROUPS>(w, values_in + weights_at + V_EXTRA, group, l);
-                float sum = 0.0f;
-#pragma unroll
-                for (int r = 0; r < 2; ++r)
-#pragma unroll
-                    for (int f = 0; f < 4; ++f) sum += s[r][f][0] * w[r][f][0] + s[r][f][1] * w[r][f][1];
-                offset_sum[group] = offset_sum[group] * alpha + sum;
+    bool first = true;
+    while (any || first) {
+        const int head = walk->head;
+        int low = 0, high = 0;
+        {
+            const u32 place_begin = walk->line_begin + costs[head] * walk->pages;
+            const u32 page_cost = costs[head + 1] - costs[head], from = walk->begin, to = walk->end;
+            if (any && from > place_begin) low = (from - place_begin) / page_cost;
+            if (any) high = min((to - place_begin) / page_cost, (u32)walk->pages);
+        }
+        const int row = walk->row, place = (row * tiles + walk->tile) * HEADS + head;
+
+        const int* about = heads + head * 16;
+        const int k4 = about[6], k2 = about[7], k1 = about[8], v4 = about[9], v2 = about[10], v1 = about[11];
+        // what each lane copies of a page: keys' parts by lanes 0 to 6, values' by 8 to 12
+        u32 from = 0, to = 0, bytes = 0;
+        u64 other = 0;  // where the part is not in the page: its first byte, and bytes a page
+        u32 stride = 0;
+        u32 weights_at = v4 * 64 + v2 * 32 + v1 * 16;
+        const int V_EXTRA = BLOCK * V_GAIN * V_GROUPS;
+        if (lane == 0) from = about[0] * 2, to = COLUMNS_AT, bytes = k4 * 64;
+        if (lane == 1) from = about[1] * 2, to = COLUMNS_AT + k4 * 64, bytes = k2 * 32;
+        if (lane == 2) from = about[2] * 2, to = COLUMNS_AT + k4 * 64 + k2 * 32, bytes = k1 * 16;
+        const int ZEROS = SEGMENTS > 1 ? K_EXTRA / 2 : 0;  // bytes of a page's zero points
+        if (lane == 3) from = K_GAIN ? about[12] : about[15], to = EXTRA_AT, bytes = K_EXTRA - ZEROS;
+        if (lane == 6) from = ZERO_AT + head * ZEROS, to = EXTRA_AT + ZEROS, bytes = ZEROS;
+        if (PAGED && lane == 4) {
+            other = (u64)q + (u64)place * capacity * Q_BYTES, stride = Q_BYTES;
+            to = QUERY_AT, bytes = Q_BYTES;
+        }
+        if (MEAN && lane == 5) {
+            stride = BLOCK * MEAN_N * 2, other = (u64)means + (u64)place * capacity * stride;
+            to = MEANS_AT, bytes = stride;
+        }
+        if (lane == 8) from = about[3] * 2, to = values_at, bytes = v4 * 64;
+        if (lane == 9) from = about[4] * 2, to = values_at + v4 * 64, bytes = v2 * 32;
+        if (lane == 10) from = about[5] * 2, to = values_at + v4 * 64 + v2 * 32, bytes = v1 * 16;
+        if (lane == 11) from = about[13], to = values_at + weights_at, bytes = V_EXTRA;
+        if (V_OFFSET && lane == 12) from = about[14], to = values_at + weights_at + V_EXTRA, bytes = BLOCK * 2 * V_GROUPS;
+        u32 key_bytes = lane < 8 ? bytes : 0, value_bytes = lane < 8 ? 0 : bytes;
+        to += shared_address(mine);
+        {
+            u32 all_keys = __reduce_add_sync(0xffffffffu, key_bytes);
+            u32 all_values = __reduce_add_sync(0xffffffffu, value_bytes);
+            if (lane == 0) {
+                walk->k4 = k4, walk->k2 = k2, walk->k1 = k1, walk->v4 = v4, walk->v2 = v2, walk->v1 = v1;
+                walk->key_bytes = all_keys, walk->value_bytes = all_values;
             }
-            if (V_GAIN) numbers<V_GAIN, V_GROUPS>(w, values_in + weights_at, group, l);
+            __syncwarp();
+        }
+
+        auto fetch_values = [&](u64 address) {
+            if (lane == 0) expect(value_barrier, walk->value_bytes);
+            __syncwarp();
+            if (value_bytes) copy(to, address + from, value_bytes, value_barrier);
+        };
+        auto fetch_columns = [&](u64 address) {
+            if (lane < 3 && key_bytes) copy(to, address + from, key_bytes, key_barrier);
+        };
+        auto fetch_extras = [&](int page, u64 address) {  // before the columns
+            if (lane == 0) expect(key_barrier, walk->key_bytes);
+            __syncwarp();
+            if (lane >= 3 && key_bytes)
+                copy(to, other ? other + (u64)page * stride : address + from, key_bytes, key_barrier);
+        };
+        float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
+        auto find_terms = [&](const u8* queries) {
+            float2 x = ((const float2*)(queries + KC * 128))[query];
+            first_terms[0] = x.x, q_unit = x.y;
+        };
+        // addresses of the warp's next pages, one a lane, page p's in lane p / WARPS % 32
+        u64 held = 0;
+        auto hold = [&](int page) {
+            int mine = min(page + WARPS * max(lane - (page / WARPS & 31), 0), high - 1);
+            int number = table[(u64)walk->row * capacity + mine];
+            held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
+        };
+
+        int page = low + warp;
+        u64 next = 0;
+        if (page < high) {  // what does not come from the launch before
+            hold(page);
+            next = __shfl_sync(0xffffffffu, held, page / WARPS & 31);
+            if (lane == 0) expect(key_barrier, walk->key_bytes);
+            __syncwarp();
+            if (key_bytes && !other) copy(to, next + from, key_bytes, key_barrier);
+        }
+        if (first) {
+            // by the last warps first, as the first ones have a page more
+            for (u32 i = exact_from + (WARPS - 1 - warp); i < exact_to; i += WARPS) {
+                int split = i % exact_splits, where = i / exact_splits, at_line = where / HEADS;
+                attend_exact(raw_q, keys, values, tokens, query_tokens, exact + (u64)i * (M * D_V),
+                             exact_state + i * (2 * M), sums_in, at_line / tiles, where % HEADS, split, exact_tokens, query_heads, queries,
+                             group, at_line % tiles, scale, cap);
+            }
+            wait_for_launch_before();
+            let_next_launch_begin();
+        }
+        first = false;
+        if (!any) break;
+        if (!PAGED)
+            for (int i = threadIdx.x; i < Q_BYTES / 16; i += 32 * WARPS)
+                ((uint4*)shared_q)[i] = ((const uint4*)(q + (u64)place * Q_BYTES))[i];
+        for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
+        if (page < high) {
+            if (key_bytes && other) copy(to, other + (u64)page * stride, key_bytes, key_barrier);
+        }
+        __syncthreads();
+
+        float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
+        for (; page < high; page += WARPS) {
+            u64 address = next;
+            if (page + WARPS < high) {
+                const int at = (page + WARPS) / WARPS & 31;
+                if (!at) hold(page + WARPS);
+                next = __shfl_sync(0xffffffffu, held, at);
+            }
+            float s[2][4][2] = {};
+            wait(key_barrier, walk->done & 1);
+            const u8* queries_in = PAGED ? mine + QUERY_AT : shared_q;
+            const u8* steps = mine + EXTRA_AT;
+            const int k4 = walk->k4, k2 = walk->k2, k1 = walk->k1;
+            const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
+            if (WHOLE_KEYS) {
+                if (K4) add_scores<4>(s, columns_in, k4, queries_in, l);
+                if (K2) add_scores<2>(s, k2_in, k2, queries_in + K4 * 128, l);
+                if (K1) add_scores<1>(s, k1_in, k1, queries_in + (K4 + K2) * 128, l);
+            } else {
+                float zeros[4] = {};
+                if (K4) add_scores_half<4>(s, zeros, columns_in, k4, queries_in, steps, l);
+                if (K2) add_scores_half<2>(s, zeros, k2_in, k2, queries_in + K4 * (M * 32), steps, l);
+                if (K1) add_scores_half<1>(s, zeros, k1_in, k1, queries_in + (K4 + K2) * (M * 32), steps, l);
+#pragma unroll
+                for (int k = 0; k < SEGMENTS; ++k)
+                    if (SEGMENTS > 1) first_terms[k] = __shfl_sync(0xffffffffu, zeros[0], 4 * k + l.c);
+            }
+            __syncwarp();
+            fetch_values(address);
+            if (WHOLE_KEYS) find_terms(queries_in);
+            float w[2][4][2];
+            if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, room, l);
+            float top = LOWEST;
+            const u8* means_in = mine + MEANS_AT + l.c * 2;
 #pragma unroll
             for (int r = 0; r < 2; ++r)
 #pragma unroll
                 for (int f = 0; f < 4; ++f)
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) w[r][f][i] = V_GAIN ? s[r][f][i] * w[r][f][i] : s[r][f][i];
-            const int EACH = V_GROUPS > 1 ? FIRST / V_GROUPS : 0;  // runs of columns of one width
-            float* sums_of = sums_in + group * EACH * 64;
-            const u8* first_in = values_in + group * EACH * 16 * (16 * VB);
-            const int first_count = V_GROUPS > 1 ? EACH * 16 : V4 ? v4 : V2 ? v2 : v1;
-            if (WHOLE_VALUES) {
-                // 16 bits a weight, the largest of the page and query near 2^16
-                float most = 1e-30f;
+                    for (int i = 0; i < 2; ++i) {
+                        float x = s[r][f][i];
+                        if (WHOLE_KEYS || SEGMENTS > 1) x = x * q_unit + first_terms[f * SEGMENTS / 4];
+                        float mean = 0.0f;
+                        if (MEAN)
+                            mean = float_of_half(*(const u16*)(
+                                means_in + (32 * f + 16 * r + (i ? l.second : l.first)) * (MEAN_N * 2)));
+                        x = K_GAIN ? x * w[r][f][i] + mean : x + mean;
+                        if (CAP) x = soft_cap(x, cap);
+                        s[r][f][i] = x;
+                        top = fmaxf(top, x);
+                    }
+            __syncwarp();
+            if (page + WARPS < high) {
+                fetch_extras(page + WARPS, next);
+            }
+            for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
+            top = fmaxf(top, m);
+            float alpha = exp2_(m - top), sum = 0.0f;
+            m = top;
 #pragma unroll
-                for (int r = 0; r < 2; ++r)
+            for (int r = 0; r < 2; ++r)
 #pragma unroll
-                    for (int f = 0; f < 4; ++f) most = fmaxf(most, fmaxf(w[r][f][0], w[r][f][1]));
-                for (int o = 4; o < 32; o <<= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
-                float scale = 65280.0f * __frcp_rn(most), unit = most * (1.0f / 65280.0f);
-                u32 bits[2][4][2];
+                for (int f = 0; f < 4; ++f)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        s[r][f][i] = exp2_(s[r][f][i] - m);
+                        sum += s[r][f][i];
+                    }
+            norm = norm * alpha + sum;
+
+            wait(value_barrier, walk->done & 1);
+            const int FIRST = V4 ? V4 : V2 ? V2 : V1, VB = V4 ? 4 : V2 ? 2 : 1;
+            const int v4 = walk->v4, v2 = walk->v2, v1 = walk->v1, weights_at = v4 * 64 + v2 * 32 + v1 * 16;
+            const u8 *v2_in = values_in + v4 * 64, *v1_in = v2_in + v2 * 32;
+#pragma unroll
+            for (int group = 0; group < V_GROUPS; ++group) {
+                if (V_OFFSET) {
+                    numbers<2, V_GROUPS>(w, values_in + weights_at + V_EXTRA, group, room, l);
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+#pragma unroll
+                        for (int f = 0; f < 4; ++f) sum += s[r][f][0] * w[r][f][0] + s[r][f][1] * w[r][f][1];
+                    offset_sum[group] = offset_sum[group] * alpha + sum;
+                }
+                if (V_GAIN) numbers<V_GAIN, V_GROUPS>(w, values_in + weights_at, group, room, l);
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
 #pragma unroll
                     for (int f = 0; f < 4; ++f)
 #pragma unroll
-                        for (int i = 0; i < 2; ++i)
-                            bits[r][f][i] = __float_as_uint(w[r][f][i] * scale + 8388608.0f);
-                u32 h[4][2];  // quarters: tokens of both halves of the lanes share a register
-                auto weights = [&](u32* out, int r0, int f0, int r1, int f1) {
-                    u32 x = transposed(bytes_of(bits[r0][f0][0], bits[r1][f1][0], 0x4051));
-                    u32 y = transposed(bytes_of(bits[r0][f0][1], bits[r1][f1][1], 0x4051));
-                    // rows 2c, 2c + 1 are tokens 4c.. where c is even, else 4c + 2..
-                    out[0] = l.c & 1 ? y : x, out[1] = l.c & 1 ? x : y;
-                };
-                if (V4) {  // fields f and f + 2 share a register
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) weights(h[k], k & 1, k >> 1, k & 1, (k >> 1) + 2);
-                    add_values<4>(VB == 4 ? sums_of : sums_in, VB == 4 ? first_in : values_in,
-                                  VB == 4 ? first_count : v4, h, unit, alpha, l);
-                }
-                if (V2 || V1) {
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) weights(h[k], 0, k, 1, k);
-                }
-                if (V2)
-                    add_values<2>(VB == 2 ? sums_of : sums_in + V4 * 64, VB == 2 ? first_in : v2_in,
-                                  VB == 2 ? first_count : v2, h, unit, alpha, l);
-                if (V1)
-                    add_values<1>(VB == 1 ? sums_of : sums_in + (V4 + V2) * 64, VB == 1 ? first_in : v1_in,
-                                  VB == 1 ? first_count : v1, h, unit, alpha, l);
-                if (V_GAIN_SUM) {
-                    int fresh[4] = {};
-                    u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) product_p(fresh, ones, h[k][0], h[k][1]);
-                    gain_sum = gain_sum * alpha + (float)(fresh[0] * 256 + fresh[1]) * unit;
-                }
-            } else {
-                u32 h[2][4][2];
-#pragma unroll
-                for (int r = 0; r < 2; ++r)
-#pragma unroll
-                    for (int f = 0; f < 4; ++f) {
-                        u32 x = transposed(half2_of(w[r][f][0], w[r][f][0]));
-                        u32 y = transposed(half2_of(w[r][f][1], w[r][f][1]));
-                        h[r][f][0] = l.c & 1 ? y : x, h[r][f][1] = l.c & 1 ? x : y;
-                    }
-                if (VB == 4) add_values_half<4>(sums_of, first_in, first_count, h, alpha, l);
-                if (V2)
-                    add_values_half<2>(VB == 2 ? sums_of : sums_in + V4 * 64, VB == 2 ? first_in : v2_in,
-                                       VB == 2 ? first_count : v2, h, alpha, l);
-                if (V1)
-                    add_values_half<1>(VB == 1 ? sums_of : sums_in + (V4 + V2) * 64,
-                                       VB == 1 ? first_in : v1_in, VB == 1 ? first_count : v1, h, alpha, l);
-                if (V_GAIN_SUM) {
-                    float fresh[4] = {};
-                    u32 ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+                        for (int i = 0; i < 2; ++i) w[r][f][i] = V_GAIN ? s[r][f][i] * w[r][f][i] : s[r][f][i];
+                const int EACH = V_GROUPS > 1 ? FIRST / V_GROUPS : 0;  // runs of columns of one width
+                float* sums_of = sums_in + group * EACH * 64;
+                const u8* first_in = values_in + group * EACH * 16 * (16 * VB);
+                const int first_count = V_GROUPS > 1 ? EACH * 16 : V4 ? v4 : V2 ? v2 : v1;
+                if (WHOLE_VALUES) {
+                    // 16 bits a weight, the largest of the page and query near 2^16
+                    float most = 1e-30f;
 #pragma unroll
                     for (int r = 0; r < 2; ++r)
 #pragma unroll
-                        for (int f = 0; f < 4; ++f) product(fresh, ones, h[r][f][0], h[r][f][1]);
-                    gain_sum = gain_sum * alpha + fresh[0];
+                        for (int f = 0; f < 4; ++f) most = fmaxf(most, fmaxf(w[r][f][0], w[r][f][1]));
+                    for (int o = 4; o < 32; o <<= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
+                    float scale = 65280.0f * __frcp_rn(most), unit = most * (1.0f / 65280.0f);
+                    u32 bits[2][4][2];
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+#pragma unroll
+                        for (int f = 0; f < 4; ++f)
+#pragma unroll
+                            for (int i = 0; i < 2; ++i)
+                                bits[r][f][i] = __float_as_uint(w[r][f][i] * scale + 8388608.0f);
+                    u32 h[4][2];  // quarters: tokens of both halves of the lanes share a register
+                    auto weights = [&](u32* out, int r0, int f0, int r1, int f1) {
+                        u32 x = transposed(bytes_of(bits[r0][f0][0], bits[r1][f1][0], 0x4051));
+                        u32 y = transposed(bytes_of(bits[r0][f0][1], bits[r1][f1][1], 0x4051));
+                        // rows 2c, 2c + 1 are tokens 4c.. where c is even, else 4c + 2..
+                        out[0] = l.c & 1 ? y : x, out[1] = l.c & 1 ? x : y;
+                    };
+                    if (V4) {  // fields f and f + 2 share a register
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) weights(h[k], k & 1, k >> 1, k & 1, (k >> 1) + 2);
+                        add_values<4>(VB == 4 ? sums_of : sums_in, VB == 4 ? first_in : values_in,
+                                      VB == 4 ? first_count : v4, h, unit, alpha, l);
+                    }
+                    if (V2 || V1) {
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) weights(h[k], 0, k, 1, k);
+                    }
+                    if (V2)
+                        add_values<2>(VB == 2 ? sums_of : sums_in + V4 * 64, VB == 2 ? first_in : v2_in,
+                                      VB == 2 ? first_count : v2, h, unit, alpha, l);
+                    if (V1)
+                        add_values<1>(VB == 1 ? sums_of : sums_in + (V4 + V2) * 64, VB == 1 ? first_in : v1_in,
+                                      VB == 1 ? first_count : v1, h, unit, alpha, l);
+                    if (V_GAIN_SUM) {
+                        int fresh[4] = {};
+                        u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) product_p(fresh, ones, h[k][0], h[k][1]);
+                        gain_sum = gain_sum * alpha + (float)(fresh[0] * 256 + fresh[1]) * unit;
+                    }
+                } else {
+                    u32 h[2][4][2];
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+#pragma unroll
+                        for (int f = 0; f < 4; ++f) {
+                            u32 x = transposed(half2_of(w[r][f][0], w[r][f][0]));
+                            u32 y = transposed(half2_of(w[r][f][1], w[r][f][1]));
+                            h[r][f][0] = l.c & 1 ? y : x, h[r][f][1] = l.c & 1 ? x : y;
+                        }
+                    if (VB == 4) add_values_half<4>(sums_of, first_in, first_count, h, alpha, l);
+                    if (V2)
+                        add_values_half<2>(VB == 2 ? sums_of : sums_in + V4 * 64, VB == 2 ? first_in : v2_in,
+                                           VB == 2 ? first_count : v2, h, alpha, l);
+                    if (V1)
+                        add_values_half<1>(VB == 1 ? sums_of : sums_in + (V4 + V2) * 64,
+                                           VB == 1 ? first_in : v1_in, VB == 1 ? first_count : v1, h, alpha, l);
+                    if (V_GAIN_SUM) {
+                        float fresh[4] = {};
+                        u32 ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+#pragma unroll
+                        for (int r = 0; r < 2; ++r)
+#pragma unroll
+                            for (int f = 0; f < 4; ++f) product(fresh, ones, h[r][f][0], h[r][f][1]);
+                        gain_sum = gain_sum * alpha + fresh[0];
+                    }
+                }
+            }
+            __syncwarp();
+            if (lane == 0) ++walk->done;
+            __syncwarp();
+            if (page + WARPS < high) fetch_columns(next);
+        }
+
+        // the warps of an item merge as splits do
+        for (int o = 4; o < 32; o <<= 1) {
+            norm += __shfl_xor_sync(0xffffffffu, norm, o);
+#pragma unroll
+            for (int k = 0; k < V_GROUPS; ++k)
+                if (V_OFFSET) offset_sum[k] += __shfl_xor_sync(0xffffffffu, offset_sum[k], o);
+        }
+        if (l.g == 0) {
+            ends[l.c] = m, ends[4 + l.c] = norm, ends[8 + l.c] = gain_sum;
+#pragma unroll
+            for (int k = 0; k < V_GROUPS; ++k)
+                if (V_OFFSET) ends[(2 + V_GROUPS + k) * 4 + l.c] = offset_sum[k];
+        }
+        __syncthreads();
+        const u8* all = shared + WARPS_AT + sums_at;
+        const u64 record = blockIdx.x + (walk->row * tiles + walk->tile) * HEADS + walk->head;
+        float* state = states + record * (STATE * M);
+        float* total = sums + record * (M * VC * 16);
+        float best[M], factor[WARPS][M];
+#pragma unroll
+        for (int n = 0; n < M; ++n) {
+            best[n] = LOWEST;
+#pragma unroll
+            for (int k = 0; k < WARPS; ++k)
+                best[n] = fmaxf(best[n], ((const float*)(all + k * warp_bytes + ENDS))[n]);
+#pragma unroll
+            for (int k = 0; k < WARPS; ++k)
+                factor[k][n] = exp2_(((const float*)(all + k * warp_bytes + ENDS))[n] - best[n]);
+        }
+        if (threadIdx.x == 0) {
+#pragma unroll
+            for (int n = 0; n < M; ++n) {
+                state[n] = best[n];
+                for (int k = 1; k < STATE; ++k) {
+                    float x = 0.0f;
+#pragma unroll
+                    for (int w = 0; w < WARPS; ++w)
+                        x += factor[w][n] * ((const float*)(all + w * warp_bytes + ENDS))[k * 4 + n];
+                    state[k * M + n] = x;
                 }
             }
         }
-        __syncwarp();
-        if (page + WARPS < high) {
-            if (APART) fetch_values(next);
-            else fetch_columns(next);
-        }
-    }
-
-    // the warps of an item merge as splits do
-    for (int o = 4; o < 32; o <<= 1) {
-        norm += __shfl_xor_sync(0xffffffffu, norm, o);
+        for (int column = threadIdx.x; column < VC * 16; column += 32 * WARPS) {
+            const int v4 = walk->v4, v2 = walk->v2, v1 = walk->v1;
+            int slot = column / 16, at = slot < V4 ? slot * 16 : slot < V4 + V2 ? (slot - V4) * 16 : (slot - V4 - V2) * 16;
+            int count = slot < V4 ? v4 : slot < V4 + V2 ? v2 : v1;
+            bool there = at + column % 16 < count;
 #pragma unroll
-        for (int k = 0; k < V_GROUPS; ++k)
-            if (V_OFFSET) offset_sum[k] += __shfl_xor_sync(0xffffffffu, offset_sum[k], o);
-    }
-    if (l.g == 0) {
-        ends[l.c] = m, ends[4 + l.c] = norm, ends[8 + l.c] = gain_sum;
-#pragma unroll
-        for (int k = 0; k < V_GROUPS; ++k)
-            if (V_OFFSET) ends[(2 + V_GROUPS + k) * 4 + l.c] = offset_sum[k];
-    }
-    __syncthreads();
-    const u8* all = shared + (PAGED ? 0 : (Q_BYTES + 127) / 128 * 128) + sums_at;
-    const u32 ENDS = VC * 16 * 4 * 4;
-    float best[M], factor[WARPS][M];
-#pragma unroll
-    for (int n = 0; n < M; ++n) {
-        best[n] = LOWEST;
-#pragma unroll
-        for (int k = 0; k < WARPS; ++k)
-            best[n] = fmaxf(best[n], ((const float*)(all + k * warp_bytes + ENDS))[n]);
-#pragma unroll
-        for (int k = 0; k < WARPS; ++k)
-            factor[k][n] = exp2_(((const float*)(all + k * warp_bytes + ENDS))[n] - best[n]);
-    }
-    if (threadIdx.x == 0) {
-#pragma unroll
-        for (int n = 0; n < M; ++n) {
-            states[n] = best[n];
-            for (int k = 1; k < STATE; ++k) {
+            for (int n = 0; n < M; ++n) {
                 float x = 0.0f;
 #pragma unroll
                 for (int w = 0; w < WARPS; ++w)
-                    x += factor[w][n] * ((const float*)(all + w * warp_bytes + ENDS))[k * 4 + n];
-                states[k * M + n] = x;
+                    x += factor[w][n] * ((const float*)(all + w * warp_bytes))[column * 4 + n];
+                total[n * (VC * 16) + column] = there ? x : 0.0f;
             }
         }
-    }
-    for (int column = threadIdx.x; column < VC * 16; column += 32 * WARPS) {
-        int slot = column / 16, at = slot < V4 ? slot * 16 : slot < V4 + V2 ? (slot - V4) * 16 : (slot - V4 - V2) * 16;
-        int count = slot < V4 ? v4 : slot < V4 + V2 ? v2 : v1;
-        bool there = at + column % 16 < count;
-#pragma unroll
-        for (int n = 0; n < M; ++n) {
-            float x = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w)
-                x += factor[w][n] * ((const float*)(all + w * warp_bytes))[column * 4 + n];
-            sums[n * (VC * 16) + column] = there ? x : 0.0f;
+        if (walk->end <= walk->line_begin + costs[head + 1] * walk->pages) break;
+        __syncthreads();  // sums are read
+        if (lane == 0) {
+            Walk w = *walk;
+            if (++w.head == HEADS) {
+                w.head = 0, w.line_begin += w.line_cost;
+                if (++w.tile == tiles) {
+                    w.tile = 0;
+                    do w.pages = folded[++w.row];
+                    while (!w.pages);  // there are pages, as this program's end has not come
+                    w.line_cost = w.pages * all_costs;
+                }
+            }
+            *walk = w;
         }
+        __syncwarp();
     }
 }

@@ -53,3 +53,42 @@ __device__ __forceinline__ State narrow(float x) {
     return y;
 }
 #endif
+
+// --- launches that begin before the one before has ended ------------------------------------------
+
+__device__ __forceinline__ void wait_for_launch_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+__device__ __forceinline__ void let_next_launch_begin() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// --- which pages are whose ------------------------------------------------------------------------
+//
+// The pages of all lines (a row and tile of queries) and heads are laid end to end, each as long as
+// `costs` says, and every program takes the next piece, all of them equally long. Items of exact tokens
+// go round in the same way; a program with one more of them gets shorter pages, by `exact_cost` at
+// most. Program b and the place p (line and head) that it works at meet in record b + p: there are
+// `programs` + places of them, as both only grow.
+
+struct Cut {
+    u32 programs, inverse;  // 2^32 / programs
+    u32 total;              // cost of all pages
+    u32 items, exact_cost;  // of an item of exact tokens
+};
+
+__device__ __forceinline__ Cut cut_of(const int* folded, int rows, int line_cost, u32 items, u32 exact_cost,
+                                      u32 programs, u32 inverse) {
+    u32 pages = 0;
+    for (int i = threadIdx.x & 31; i < rows; i += 32) pages += folded[i];
+    Cut cut{programs, inverse, __reduce_add_sync(0xffffffffu, pages) * line_cost, items, 0};
+    cut.exact_cost = min(exact_cost, __umulhi(cut.total, inverse));  // no piece is shorter than nothing
+    return cut;
+}
+// where a program begins, and its first item of exact tokens
+__device__ __forceinline__ u32 begin_of(const Cut& cut, u32 program, u32* item) {
+    u64 share = (u64)(program * cut.items) * cut.inverse;
+    bool end = program >= cut.programs;
+    *item = end ? cut.items : (u32)(share >> 32);
+    return end ? cut.total : __umulhi(cut.total, program * cut.inverse) + __umulhi(cut.exact_cost, (u32)share);
+}

@@ -14,18 +14,18 @@
 #define STATE (2 + 2 * GROUPS)
 extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
     const float* sums, const float* states, const float* exact, const float* exact_state,
-    const int* parts_of, const u16* matrix, const float* gain, const float* center,
+    const int* folded, const int* costs, const u16* matrix, const float* gain, const float* center,
     const float* offset, const float* mean, const State* sink_logits, const int* query_tokens,
-    State* out, int splits, int exact_splits, int query_heads, int queries, int group, int tiles,
-    double unscale_) {
+    State* out, int rows, int programs, int inverse, int exact_splits, int exact_cost, int query_heads,
+    int queries, int group, int tiles, double unscale_) {
     extern __shared__ __align__(16) float shared[];
     float* columns = shared;                       // [PER][C]
     float* found = columns + PER * C;              // [SPLIT_GROUPS][PER][C], later [PARTS][PER][D]
-    float* about = found + PER * (SPLIT_GROUPS * C + PARTS * D);  // [PER][1 + STATE]: 1 / norm, sums
-    float* weights = about + PER * (2 + STATE);    // [splits + exact_splits][PER]
+    float* fresh = found + PER * (SPLIT_GROUPS * C + PARTS * D);  // [SPLIT_GROUPS][PER][D] of exact tokens
+    float* about = fresh + PER * SPLIT_GROUPS * D;  // [PER][1 + STATE]: 1 / norm, sums
+    float* weights = about + PER * (2 + STATE);    // [programs + exact_splits][PER]
     int place = blockIdx.x, head = place % HEADS, tile = place / HEADS % tiles, row = place / (HEADS * tiles);
-    int parts = parts_of[head], thread = threadIdx.x, lane = thread & 31, n0 = blockIdx.y * PER;
-    states += (u64)place * splits * (STATE * M), sums += (u64)place * splits * (M * C);
+    int thread = threadIdx.x, lane = thread & 31, n0 = blockIdx.y * PER;
     exact += (u64)place * exact_splits * (M * D), exact_state += (u64)place * exact_splits * (2 * M);
     // the thread's part of the matrix, on its way while weights are found
     int d = thread % (D / 2) * 2, part = thread / (D / 2);
@@ -37,9 +37,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
         if (AHEAD) mine[i] = part < PARTS && c < C ? *(const u32*)(matrix + c * D) : 0;
     }
 
+    // the programs that had pages of this place
+    const u32 all_costs = costs[HEADS];
+    const Cut cut = cut_of(folded, rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
+                           programs, inverse);
+    u32 before = 0;
+    for (int i = lane; i < row; i += 32) before += folded[i];
+    before = __reduce_add_sync(0xffffffffu, before) * tiles * all_costs + folded[row] * tile * all_costs;
+    const u32 begin = before + folded[row] * costs[head], end = before + folded[row] * costs[head + 1];
+    int from = 0, last = 0;  // of all programs that begin at or before them, the last ones
+    for (int step = 1024; step; step >>= 5) {
+        u32 item;
+        int a = from + lane * step, b = last + lane * step;
+        from += (__popc(__ballot_sync(0xffffffffu, a < programs && begin_of(cut, a, &item) <= begin)) - 1) * step;
+        last += (__popc(__ballot_sync(0xffffffffu, b < programs && begin_of(cut, b, &item) < end)) - 1) * step;
+    }
+    const int parts = begin < end ? last - from + 1 : 0;
+    states += (u64)(from + place) * (STATE * M), sums += (u64)(from + place) * (M * C);
+    wait_for_launch_before();
+
     for (int k = thread / 32; k < PER; k += THREADS / 32) {
         int n = n0 + k, which = tile * M + n;
         float top = LOWEST, logit = LOWEST;
+#pragma unroll 4
         for (int s = lane; s < parts; s += 32) top = fmaxf(top, states[s * (STATE * M) + n]);
         for (int s = lane; s < exact_splits; s += 32) top = fmaxf(top, exact_state[s * (2 * M) + n]);
         if (SINK_LOGITS && which < group * queries) {
@@ -49,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
         for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
         float total[STATE] = {};  // of the pages alone: index 1 is the norm
         float norm = 0.0f;
+#pragma unroll 4
         for (int s = lane; s < parts; s += 32) {
             const float* at = states + s * (STATE * M) + n;
             float w = at[0] > LOWEST * 0.5f ? exp2f(at[0] - top) : 0.0f;
@@ -64,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
         for (int s = lane; s < exact_splits; s += 32) {
             const float* at = exact_state + s * (2 * M) + n;
             float w = at[0] > LOWEST * 0.5f ? exp2f(at[0] - top) : 0.0f;
-            weights[(splits + s) * PER + k] = w;
+            weights[(programs + s) * PER + k] = w;
             if (w > 0.0f) norm += w * at[M];
         }
         for (int o = 16; o; o >>= 1) {
@@ -94,6 +115,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
             }
         }
         *(float4*)(found + (first * PER + k) * C + c) = x;
+    }
+    for (int i = thread; i < SPLIT_GROUPS * PER * (D / 2); i += THREADS) {
+        int e = i % (D / 2) * 2, k = i / (D / 2) % PER, first = i / (D / 2 * PER);
+        float2 x = make_float2(0.0f, 0.0f);
+        const float* at = exact + (n0 + k) * D + e;
+#pragma unroll 4
+        for (int s = first; s < exact_splits; s += SPLIT_GROUPS) {
+            float w = weights[(programs + s) * PER + k];
+            float2 y = *(const float2*)(at + s * (M * D));
+            x.x += w * y.x, x.y += w * y.y;
+        }
+        *(float2*)(fresh + (first * PER + k) * D + e) = x;
     }
     __syncthreads();
     for (int i = thread; i < PER * C; i += THREADS) {
@@ -131,10 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
         float x = 0.0f, y = 0.0f;
         for (int j = 0; j < PARTS; ++j) x += found[(j * PER + k) * D + e];
         x *= (float)unscale_;
-        for (int s = 0; s < exact_splits; ++s) {
-            float w = weights[(splits + s) * PER + k];
-            if (w > 0.0f) y += w * exact[s * (M * D) + n * D + e];
-        }
+        for (int j = 0; j < SPLIT_GROUPS; ++j) y += fresh[(j * PER + k) * D + e];
         if (GAIN_SUM) y += of[3] * gain[head * D + e];
         if (MEAN) y += of[2] * mean[head * D + e];
 #pragma unroll

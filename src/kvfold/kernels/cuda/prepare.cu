@@ -2,14 +2,16 @@
 //
 // A program takes one row and KV head and a run of pages. The head's tables (the key matrix by columns,
 // the gain term, R_i mu of a page's tokens) lie in shared memory as operands of products [16 rows x 16
-// channels]; a warp turns the queries back to the starts of PAGES pages and multiplies all tables with them. Queries of columns become 16-bit fixed point, their two bytes
-// neighbouring rows of `out`; the unit follows from norms, which turning keeps, so that all pages share it.
+// channels]. A warp turns the queries back to the starts of 4 pages and multiplies its share of the
+// tables with them: all of them, or every `share`-th where a run has fewer pages than the warps take.
+// Queries of columns become 16-bit fixed point, their two bytes neighbouring rows of `out`; the unit
+// follows from norms, which turning keeps, so that all pages share it.
 //
-// Constants come as macros, see __init__.py: HEADS, M, D, K4, K2, K1 (slots of 16 columns
-// of a section), MEAN_N, DTYPE, PAGED,
-// MEAN, TURN, PAGES (of a warp at once), ROPE_D (row length of `rope`).
+// Constants come as macros, see __init__.py: HEADS, M, D, K4, K2, K1 (slots of 16 columns of a section),
+// MEAN_N, DTYPE, PAGED, MEAN, TURN, ROPE_D (row length of `rope`).
 
-#define WARPS (64 / PAGES)
+#define PAGES 4  // of a warp at once
+#define WARPS 16
 #define KC (K4 + K2 + K1)
 #define KS (D / 16)
 #define PAIRS (PAGES / 2)  // products of 8 columns: two pages of four queries
@@ -32,6 +34,22 @@ struct Part {  // what a thread holds of B's columns: two of the queries of one 
     float inverse[2], unit[2];
 };
 
+// product with the queries of two pages a pair, in two chains: it waits for itself otherwise
+template <int N>
+__device__ __forceinline__ void products(float (*d)[4], const uint4* operands, const u32 (*b)[KS][2]) {
+    float other[N][4] = {};
+#pragma unroll
+    for (int k = 0; k < KS; ++k) {
+        uint4 a = operands[k * 32];
+#pragma unroll
+        for (int h = 0; h < N; ++h) product(k & 1 ? other[h] : d[h], a, b[h][k][0], b[h][k][1]);
+    }
+#pragma unroll
+    for (int h = 0; h < N; ++h)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[h][i] += other[h][i];
+}
+
 // two bytes of 16-bit numbers, one in each half: the upper one rounded for a signed lower one
 __device__ __forceinline__ u32 fixed(float x, float y, float* sum, float center, const Part& p) {
     float a = x * p.inverse[0] + MAGIC, b = y * p.inverse[1] + MAGIC;
@@ -43,9 +61,8 @@ __device__ __forceinline__ u32 fixed(float x, float y, float* sum, float center,
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     const State* q, const int* heads, const uint4* tables, const float* centers, const float* reach, const float* rope,
-    const int* table, const int* block, const int* folded, const int* first, const u64* slabs,
-    u64* addresses, u8* out, float* terms, u8* means, int capacity, int slab_pages, int page_bytes,
-    int query_heads, int queries, int group, int tiles, int sinks, int run_pages, double scale_,
+    const int* block, const int* folded, const int* first, u8* out, u8* means,
+    int capacity, int query_heads, int queries, int group, int tiles, int sinks, int run_pages, int share, double scale_,
     double unscale_) {
     extern __shared__ __align__(128) u8 shared[];
     uint4* operands = (uint4*)shared;                                   // [TILES][KS][32]
@@ -53,21 +70,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     float* mates = plain + M * PAD;                                     // [M][PAD] partners, signed
     float* center = mates + M * PAD;                                    // [KC * 16]
     float* units = center + KC * 16;                                    // [4]
-    float2* turns = (float2*)(units + 4);                               // [WARPS][PAGES][D] cosine, sine
-    float* sums = (float*)turns;                                        // [WARPS][4], before turns
-    const int BARRIER_AT = TILES * KS * 512 + (2 * M * PAD + KC * 16 + 4 + WARPS * 2 * PAGES * D) * 4;
+    float* sums = units + 4;                                            // [2][WARPS][PAGES][4]
+    float2* turns = (float2*)(sums + 2 * WARPS * PAGES * 4);            // [WARPS][PAGES][D] cosine, sine
+    const int BARRIER_AT = TILES * KS * 512 + (2 * M * PAD + KC * 16 + 4 + WARPS * PAGES * (8 + 2 * D)) * 4;
     int place = blockIdx.x, head = place % HEADS, tile = place / HEADS % tiles, row = place / (HEADS * tiles);
     int pages = folded[row], from = blockIdx.y * run_pages, to = min(from + run_pages, pages);
-    if (from >= pages && (PAGED || blockIdx.y)) return;
+    if (from >= pages && (PAGED || blockIdx.y)) {
+        wait_for_launch_before();  // as the next launch counts on it
+        return;
+    }
     int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, g = lane >> 2, c = lane & 3;
     float scale = (float)scale_, unscale = (float)unscale_;
 
-    if (head == 0 && tile == 0)
-        for (int page = from + thread; page < to; page += 32 * WARPS) {
-            int number = table[row * capacity + page];
-            addresses[(u64)row * capacity + page] =
-                slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
-        }
     tables += (u64)head * (TILES * KS * 32);
     // the columns' tables are of no use to runs that have none of them to do
     const int skip = PAGED || blockIdx.y == 0 ? 0 : (KC + 1) * KS * 32;
@@ -85,6 +99,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
             "r"(barrier) : "memory");
     }
     for (int i = thread; i < KC * 16; i += 32 * WARPS) center[i] = centers[head * KC * 16 + i];
+    wait_for_launch_before();
+    let_next_launch_begin();
     for (int i = thread; i < M * D; i += 32 * WARPS) {
         int n = i / D, d = i % D, which = tile * M + n;
         float x = 0.0f, y = 0.0f;
@@ -118,30 +134,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     }
     const int mine = min(g & 3, M - 1), row0 = 4 * (g >> 1) + (g & 1);
     const u64 page0 = (u64)place * capacity;
-    const int PAGE_Q = KC * 128;
+    const int PAGE_Q = KC * 128 + 32;  // with what is added to each query's sums, and their unit
 
+    // columns of queries from the sums of a tile: [query][quarter of the columns][two bytes][4 columns]
+    auto store = [&](u8* to_, const float* d, float* z, int t, bool there) {
+        u32 x = transposed(fixed(d[0], d[1], z, center[t * 16 + row0], p));
+        u32 y = transposed(fixed(d[2], d[3], z, center[t * 16 + row0 + 2], p));
+        if (there) *(uint2*)to_ = make_uint2(bytes_of(x, y, 0x7531), bytes_of(x, y, 0x6420));
+    };
     if (!PAGED && blockIdx.y == 0) {  // queries of columns once, a tile a warp
-        u32 b[KS][2];
+        u32 b[1][KS][2];
 #pragma unroll
         for (int k = 0; k < KS; ++k) {
             float4 x = *(const float4*)(plain + mine * PAD + 16 * k + 4 * c);
-            b[k][0] = half2_of(x.x, x.y), b[k][1] = half2_of(x.z, x.w);
+            b[0][k][0] = half2_of(x.x, x.y), b[0][k][1] = half2_of(x.z, x.w);
         }
+        u8* of = out + (u64)place * PAGE_Q;
         float z[2] = {};
         for (int t = warp; t < KC + 1; t += WARPS) {
-            float d[4] = {};
-#pragma unroll
-            for (int k = 0; k < KS; ++k) product(d, operands[(t * KS + k) * 32 + lane], b[k][0], b[k][1]);
-            if (t == KC) {  // rows 0 and 1: the gain term's float16 parts
-                if (g < 2) z[0] += d[0] / p.unit[0], z[1] += d[1] / p.unit[1];
-                continue;
-            }
-            u32 x = transposed(fixed(d[0], d[1], z, center[t * 16 + row0], p));
-            u32 y = transposed(fixed(d[2], d[3], z, center[t * 16 + row0 + 2], p));
-            if (g < M) {
-                u32* at = (u32*)(out + (u64)place * PAGE_Q + t * 128 + 2 * g * 16 + 4 * c);
-                at[0] = bytes_of(x, y, 0x7531), at[4] = bytes_of(x, y, 0x6420);
-            }
+            float d[1][4] = {};
+            products<1>(d, operands + t * KS * 32 + lane, b);
+            if (t < KC) store(of + t * 128 + g * 32 + c * 8, d[0], z, t, g < M);
+            // rows 0 and 1: the gain term's float16 parts
+            else if (g < 2) z[0] += d[0][0] / p.unit[0], z[1] += d[0][1] / p.unit[1];
         }
         z[0] = sum_of_rows(z[0]), z[1] = sum_of_rows(z[1]);
         if (g == 0 && c < 2) sums[warp * 4 + n0] = z[0], sums[warp * 4 + n0 + 1] = z[1];
@@ -149,101 +164,123 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
         if (thread < M) {
             float x = 0.0f;
             for (int w = 0; w < WARPS; ++w) x += sums[w * 4 + thread];
-            terms[((u64)place * M + thread) * 2] = x * units[thread];
-            terms[((u64)place * M + thread) * 2 + 1] = units[thread];
+            ((float2*)(of + KC * 128))[thread] = make_float2(x * units[thread], units[thread]);
         }
-        __syncthreads();
     }
     if (!PAGED && !MEAN) return;
 
     // chunks of columns that the head has: of each section the first ones
-    const int k4 = heads[head * 16 + 6], k2 = heads[head * 16 + 7], k1 = heads[head * 16 + 8];
+    const int* counts = heads + head * 16 + 6;
+    const int n4 = (counts[0] + 15) / 16, n2 = n4 + (counts[1] + 15) / 16, n1 = n2 + (counts[2] + 15) / 16;
     float2* turn = turns + warp * PAGES * D;
+    const int part = warp % share;
     const int start = first[row] + sinks;
-    for (int page = from + PAGES * warp; page < to; page += PAGES * WARPS) {
-        float at_[PAGES];
-#pragma unroll
-        for (int i = 0; i < PAGES; ++i)
-            at_[i] = TURN ? (float)(start + block[row * capacity + min(page + i, to - 1)] * BLOCK) : 0.0f;
-        for (int d = lane; d < D; d += 32) {
-            float freq = TURN ? rope[d] : 0.0f;
-#pragma unroll
-            for (int i = 0; i < PAGES; ++i) {
-                // 2 pi in three parts, the first of which times a whole number of turns is exact
-                float angle = at_[i] * freq, whole = floorf(angle * 0.15915494309189535f + 0.5f);
-                angle = fmaf(whole, -6.28125f, angle);
-                angle = fmaf(whole, -0.0019350051879882812f, angle);
-                angle = fmaf(whole, -3.0199159819930186e-07f, angle);
-                turn[i * D + d] = make_float2(__cosf(angle), __sinf(angle));
-            }
-        }
-        __syncwarp();
-        u32 b[PAIRS][KS][2];
-#pragma unroll
-        for (int k = 0; k < KS; ++k) {
-            int d = 16 * k + 4 * c;
-            float4 x = *(const float4*)(plain + mine * PAD + d), y = *(const float4*)(mates + mine * PAD + d);
-#pragma unroll
-            for (int t = 0; t < PAIRS; ++t) {
-                const float4* cs = (const float4*)(turn + (2 * t + (g >> 2)) * D + d);
-                float4 u = cs[0], v = cs[1];
-                b[t][k][0] = half2_of(x.x * u.x + y.x * u.y, x.y * u.z + y.y * u.w);
-                b[t][k][1] = half2_of(x.z * v.x + y.z * v.y, x.w * v.z + y.w * v.w);
-            }
-        }
+    const int step = PAGES * (WARPS / share);
+    int turn_of_sums = 0;
+    for (int base = from; base < to; base += step) {
+        const int page = base + PAGES * (warp / share);
         float z[PAIRS][2] = {};
-        for (int t = PAGED ? 0 : KC + 1; t < TILES; ++t) {
-            int at_column = 16 * (t < K4 ? t : t < K4 + K2 ? t - K4 : t - K4 - K2);
-            if (t < KC && at_column >= (t < K4 ? k4 : t < K4 + K2 ? k2 : k1)) continue;
-            float d[PAIRS][4] = {};
+        if (page < to) {
+            float at_[PAGES];
+#pragma unroll
+            for (int i = 0; i < PAGES; ++i)
+                at_[i] = TURN ? (float)(start + block[row * capacity + min(page + i, to - 1)] * BLOCK) : 0.0f;
+            for (int d = lane; d < D; d += 32) {
+                float freq = TURN ? rope[d] : 0.0f;
+#pragma unroll
+                for (int i = 0; i < PAGES; ++i) {
+                    // 2 pi in three parts, the first of which times a whole number of turns is exact
+                    float angle = at_[i] * freq, whole = floorf(angle * 0.15915494309189535f + 0.5f);
+                    angle = fmaf(whole, -6.28125f, angle);
+                    angle = fmaf(whole, -0.0019350051879882812f, angle);
+                    angle = fmaf(whole, -3.0199159819930186e-07f, angle);
+                    turn[i * D + d] = make_float2(__cosf(angle), __sinf(angle));
+                }
+            }
+            __syncwarp();
+            u32 b[PAIRS][KS][2];
 #pragma unroll
             for (int k = 0; k < KS; ++k) {
-                uint4 a = operands[(t * KS + k) * 32 + lane];
+                int d = 16 * k + 4 * c;
+                float4 x = *(const float4*)(plain + mine * PAD + d), y = *(const float4*)(mates + mine * PAD + d);
 #pragma unroll
-                for (int h = 0; h < PAIRS; ++h) product(d[h], a, b[h][k][0], b[h][k][1]);
+                for (int t = 0; t < PAIRS; ++t) {
+                    const float4* cs = (const float4*)(turn + (2 * t + (g >> 2)) * D + d);
+                    float4 u = cs[0], v = cs[1];
+                    b[t][k][0] = half2_of(x.x * u.x + y.x * u.y, x.y * u.z + y.y * u.w);
+                    b[t][k][1] = half2_of(x.z * v.x + y.z * v.y, x.w * v.z + y.w * v.w);
+                }
             }
-            if (t < KC) {
-                float low = center[t * 16 + row0], high = center[t * 16 + row0 + 2];
+            if (PAGED) {
+                u8* of[PAIRS];
+                bool there[PAIRS];
 #pragma unroll
                 for (int h = 0; h < PAIRS; ++h) {
-                    u32 x = transposed(fixed(d[h][0], d[h][1], z[h], low, p));
-                    u32 y = transposed(fixed(d[h][2], d[h][3], z[h], high, p));
-                    int at = page + 2 * h + (g >> 2);
-                    if (at < to && (g & 3) < M) {
-                        u32* to_ = (u32*)(out + (page0 + at) * PAGE_Q + t * 128 + 2 * (g & 3) * 16 + 4 * c);
-                        to_[0] = bytes_of(x, y, 0x7531), to_[4] = bytes_of(x, y, 0x6420);
-                    }
+                    const int at = page + 2 * h + (g >> 2);
+                    of[h] = out + (page0 + at) * PAGE_Q + (g & 3) * 32 + c * 8;
+                    there[h] = at < to && (g & 3) < M;
                 }
-            } else if (t == KC) {
+#pragma unroll 1
+                for (int u = part; u < n1; u += share) {
+                    const int t = u < n4 ? u : u < n2 ? u - n4 + K4 : u - n2 + K4 + K2;
+                    float d[PAIRS][4] = {};
+                    products<PAIRS>(d, operands + t * KS * 32 + lane, b);
+#pragma unroll
+                    for (int h = 0; h < PAIRS; ++h) store(of[h] + t * 128, d[h], z[h], t, there[h]);
+                }
+                if (part == share - 1) {
+                    float d[PAIRS][4] = {};
+                    products<PAIRS>(d, operands + KC * KS * 32 + lane, b);
+#pragma unroll
+                    for (int h = 0; h < PAIRS; ++h)
+                        if (g < 2) z[h][0] += d[h][0] / p.unit[0], z[h][1] += d[h][1] / p.unit[1];
+                }
+            }
+            if (MEAN) {
+                // a lane has one token's four queries: its own two and its neighbour's; or its own alone
+                u8* of[PAIRS];
 #pragma unroll
                 for (int h = 0; h < PAIRS; ++h)
-                    if (g < 2) z[h][0] += d[h][0] / p.unit[0], z[h][1] += d[h][1] / p.unit[1];
-            } else {
-                int token = (t - KC - 1) * 16 + row0;
+                    of[h] = means + ((page0 + page + 2 * h + (c >> 1)) * BLOCK + row0) * (MEAN_N * 2) +
+                            (MEAN_N == 4 ? 16 * (c & 1) : n0 * 2);
+#pragma unroll 1
+                for (int u = share - 1 - part; u < BLOCK / 16; u += share) {
+                    float d[PAIRS][4] = {};
+                    products<PAIRS>(d, operands + (KC + 1 + u) * KS * 32 + lane, b);
 #pragma unroll
-                for (int h = 0; h < PAIRS; ++h) {
-                    int at = page + 2 * h + (c >> 1);
-                    if (at < to && n0 < MEAN_N) {
-                        u8* to_ = means + (page0 + at) * (BLOCK * MEAN_N * 2) + n0 * 2;
-                        *(u32*)(to_ + token * (MEAN_N * 2)) = half2_of(d[h][0], d[h][1]);
-                        *(u32*)(to_ + (token + 2) * (MEAN_N * 2)) = half2_of(d[h][2], d[h][3]);
+                    for (int h = 0; h < PAIRS; ++h) {
+                        const bool there = page + 2 * h + (c >> 1) < to;
+                        u8* to_ = of[h] + u * (16 * MEAN_N * 2);
+                        u32 first = half2_of(d[h][0], d[h][1]), second = half2_of(d[h][2], d[h][3]);
+                        if (MEAN_N == 4) {
+                            u32 got = __shfl_xor_sync(0xffffffffu, c & 1 ? first : second, 1);
+                            if (there) *(uint2*)to_ = c & 1 ? make_uint2(got, second) : make_uint2(first, got);
+                        } else if (there && n0 < MEAN_N) {
+                            *(u32*)to_ = first, *(u32*)(to_ + 2 * MEAN_N * 2) = second;
+                        }
                     }
                 }
             }
         }
-        if (PAGED) {
-#pragma unroll
-            for (int h = 0; h < PAIRS; ++h)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float x = sum_of_rows(z[h][i]) * p.unit[i];
-                    int at = page + 2 * h + (c >> 1), n = n0 + i;
-                    if (g == 0 && at < to && n < M) {
-                        terms[((page0 + at) * M + n) * 2] = x;
-                        terms[((page0 + at) * M + n) * 2 + 1] = p.unit[i];
-                    }
-                }
-        }
         __syncwarp();
+        if (!PAGED) continue;
+        // what warps with a share of the tables have of the gain term and of rounded columns
+        float* mine_ = sums + (turn_of_sums * WARPS + warp) * PAGES * 4;
+#pragma unroll
+        for (int h = 0; h < PAIRS; ++h)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float x = sum_of_rows(z[h][i]);
+                if (g == 0) mine_[(2 * h + (c >> 1)) * 4 + n0 + i] = x;
+            }
+        if (share > 1) __syncthreads();
+        else __syncwarp();
+        const int at = page + lane / 4, n = lane & 3;
+        if (part == 0 && lane < PAGES * 4 && at < to && n < M) {
+            float x = 0.0f;
+            for (int w = 0; w < share; ++w) x += mine_[w * PAGES * 4 + lane];
+            ((float2*)(out + (page0 + at) * PAGE_Q + KC * 128))[n] = make_float2(x * units[n], units[n]);
+        }
+        turn_of_sums ^= 1;
     }
 }

@@ -24,6 +24,7 @@ from kvfold.cache.pool import Pool
 from kvfold.cache.store import LayerStore, View
 from kvfold.cache.timeline import Located
 from kvfold.kernels import cuda
+from kvfold.kernels.cuda import decode as cuda_decode
 from kvfold.kernels.lowering import NotLoweredError, Operand, lower_keys, lower_values
 from kvfold.kernels.triton import unpack
 from kvfold.kernels.triton.loop import LOG2E, decode_kernel
@@ -40,7 +41,7 @@ MAX_QUERIES = 8
 #: queries of a program: the second axis of its products.
 TILE = 8
 #: exact tokens of a program.
-EXACT_TOKENS = cuda.EXACT_TOKENS
+EXACT_TOKENS = 64
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float16}
 
 
@@ -159,7 +160,8 @@ class Layer:
     mean: Tensor | None  #: float16 [heads, block, dim]
     constants: dict[str, object]  #: compile-time arguments of the decode kernel
     store: "weakref.ref[LayerStore]"
-    cost: tuple[int, ...] = ()
+    cost: tuple[int, ...] = ()  #: how long a page of each head takes, relative to the others
+    costs: Tensor | None = None  #: int32 [heads + 1] their sums up to each head
     native: cuda.Native | None = None  #: tables of the CUDA kernels; None where Triton's are used
 
     @property
@@ -247,7 +249,9 @@ def _lower(store: LayerStore) -> Layer:
         "Z": bool(key.gain.any()) or segments > 1,
         "MEAN": mean is not None,
     }
-    columns = [sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
+    columns = [150 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
+    cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
+    costs = torch.tensor([sum(cost[:h]) for h in range(heads + 1)], dtype=torch.int32)
     layer = Layer(
         k,
         v,
@@ -262,7 +266,8 @@ def _lower(store: LayerStore) -> Layer:
         None if mean is None else mean.to(torch.float16).contiguous(),
         constants,
         weakref.ref(store),
-        cost=tuple(150 + c for c in columns),
+        cost=cost,
+        costs=costs.to(device),
     )
     if cuda.runs_on(device):
         layer.native = cuda.native(layer)
@@ -419,7 +424,7 @@ def _work(
             exact_splits,
             sms,
             empty(rows, pages, dtype=torch.int64),
-            empty(places, pages if paged else 1, max(m, cuda.TILE), layer.key.columns, dtype=half),
+            empty(places, pages if paged else 1, m, layer.key.columns, dtype=half),
             empty(places, pages if paged or segments > 1 else 1, 2 * segments, m),
             empty(places, pages if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(places, splits, m, layer.value.columns),
@@ -472,37 +477,29 @@ def decode(
         `[rows, query_heads, queries, value_dim]` in the dtype of `q`; zeros for padding queries.
     """
     rows, query_heads, queries, _ = q.shape
-    group = query_heads // layer.heads
-    m = min(TILE if layer.native is None else cuda.TILE, group * queries)
-    tiles = -(-group * queries // m)
-    mean_n = max(2, _power_of_two(m))
-    exact = exact_keys.shape[2]
-    capacity = located.table.shape[1]
-    tuning = tuning or choose(layer, rows * tiles * layer.heads * capacity, m, q.device)
     if out is None:
         out = torch.empty(
             rows, query_heads, queries, layer.value_dim, dtype=q.dtype, device=q.device
         )
+    if layer.native is not None:
+        return cuda_decode.decode(
+            q, layer, exact_keys, exact_values, tokens, query_tokens, located,
+            scaling=scaling, softcap=softcap, sink_logits=sink_logits, out=out,
+        )  # fmt: skip
+    group = query_heads // layer.heads
+    m = min(TILE, group * queries)
+    tiles = -(-group * queries // m)
+    mean_n = max(2, _power_of_two(m))
+    exact = exact_keys.shape[2]
+    capacity = located.table.shape[1]
+    tuning = tuning or Tuning()
     work = _work(layer, rows, tiles, m, mean_n, capacity, exact, q.device, tuning)
     c = layer.constants
     places = rows * tiles * layer.heads
     none = layer.table
     scale = float(scaling) * LOG2E.value
     key, value = layer.key, layer.value
-    if capacity and layer.native is not None and layer.native.whole_keys:
-        arguments = (
-            q, layer.table, layer.native.tables, key.center, layer.native.reach,
-            layer.rope if layer.rope is not None else none,
-            located.table, located.block, located.folded, located.first, layer.pool.addresses,
-            work.addresses, work.query, work.z, work.scores, capacity, layer.pool.slab_pages,
-            layer.page_bytes, query_heads, queries, group, tiles, layer.sinks,
-        )  # fmt: skip
-        cuda.prepare(
-            layer, places, capacity, work.sms, arguments, (scale, 2.0**-key.exponent),
-            m=m, mean_n=mean_n, dtype=q.dtype,
-        )  # fmt: skip
-    elif capacity:
-        segments, z = (1, False) if layer.native is not None else (c["SEGMENTS"], c["Z"])
+    if capacity:
         p_m = _power_of_two(m)
         run = 64 // p_m
         prepare_kernel[(places, -(-capacity // run))](
@@ -516,47 +513,21 @@ def decode(
             query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
             HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,
             C=key.columns, P_C=64 * -(-key.columns // 64), B=layer.block, PAGES=run,
-            PAGED=c["PAGED"], SEGMENTS=segments, Z=z, MEAN=c["MEAN"],
+            PAGED=c["PAGED"], SEGMENTS=c["SEGMENTS"], Z=c["Z"], MEAN=c["MEAN"],
             TURN=layer.rope is not None, PLAIN=interpreted(), num_warps=4,
         )  # fmt: skip
     grid = (len(work.items), rows * tiles)
-    if layer.native is not None:
-        arguments = (
-            work.items, layer.table, located.folded, work.addresses, capacity,
-            work.query, work.z, work.scores, q, exact_keys, exact_values, tokens, query_tokens,
-            exact, query_heads, queries, group, tiles, scale,
-            (softcap or 0.0) * LOG2E.value, work.sums, work.state, work.exact, work.exact_state,
-            work.splits, work.exact_splits,
-        )  # fmt: skip
-        cuda.attend(
-            layer, grid, arguments, m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype
-        )
-    else:
-        decode_kernel[grid](
-            work.items, layer.table, located.folded, work.addresses, capacity,
-            work.query, work.z, work.scores,
-            key.levels if key.levels is not None else none,
-            value.levels if value.levels is not None else none,
-            q, exact_keys, exact_values, tokens, query_tokens, exact,
-            query_heads, queries, group, tiles, scale, (softcap or 0.0) * LOG2E.value,
-            work.sums, work.state, work.exact, work.exact_state, work.splits, work.exact_splits,
-            N=TILE, M=m, MEAN_N=mean_n, CAP=softcap is not None, EXACT_TOKENS=EXACT_TOKENS,
-            DTYPE=DTYPES[q.dtype], STAGES=tuning.stages, **c, num_warps=layer.block // 64,
-        )  # fmt: skip
-    if layer.native is not None:
-        arguments = (
-            work.sums, work.state, work.exact, work.exact_state, work.parts,
-            value.matrix, value.gain, value.center,
-            value.operand.offset if value.operand.offset is not None else none,
-            value.operand.mean if value.operand.mean is not None else none,
-            sink_logits.to(q.dtype) if sink_logits is not None else none, query_tokens, out,
-            work.splits, work.exact_splits, query_heads, queries, group, tiles,
-        )  # fmt: skip
-        cuda.merge(
-            layer, places, arguments, work.splits + work.exact_splits, 2.0**-value.exponent,
-            m=m, sms=work.sms, sink_logits=sink_logits is not None, dtype=q.dtype,
-        )  # fmt: skip
-        return out
+    decode_kernel[grid](
+        work.items, layer.table, located.folded, work.addresses, capacity,
+        work.query, work.z, work.scores,
+        key.levels if key.levels is not None else none,
+        value.levels if value.levels is not None else none,
+        q, exact_keys, exact_values, tokens, query_tokens, exact,
+        query_heads, queries, group, tiles, scale, (softcap or 0.0) * LOG2E.value,
+        work.sums, work.state, work.exact, work.exact_state, work.splits, work.exact_splits,
+        N=TILE, M=m, MEAN_N=mean_n, CAP=softcap is not None, EXACT_TOKENS=EXACT_TOKENS,
+        DTYPE=DTYPES[q.dtype], STAGES=tuning.stages, **c, num_warps=layer.block // 64,
+    )  # fmt: skip
     per = 1 if places * m <= 512 else m
     per = _power_of_two(per)
     merge_kernel[(places, -(-m // per))](
@@ -573,17 +544,6 @@ def decode(
         BLOCK=8 if per > 1 else 16, num_warps=tuning.merge_warps,
     )  # fmt: skip
     return out
-
-
-def choose(layer: Layer, pages: int, m: int, device: torch.device) -> Tuning:
-    """How launches of a layer are cut: `pages` of a head in all, m queries a program."""
-    if layer.native is None:
-        return Tuning()
-    cut = cuda.shared(layer, m, max(2, _power_of_two(m)))
-    # twice as many programs as there is room for even out heads of different widths, where each
-    # warp has a few pages still
-    few = pages < 8 * cut.warps * cut.programs * _multiprocessors(device)
-    return Tuning(programs=cut.programs if few else 2 * cut.programs)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -1,0 +1,152 @@
+"""The launches of a layer's attention by the kernels here: prepare, attend, merge.
+
+Their workspace holds, for each place (row, tile of queries and KV head), what the launches hand on:
+queries in the units of columns, products with the mean, and a record for each program that has
+pages of a place (`common.cuh` says which).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.cache.timeline import Located
+from kvfold.kernels import cuda
+from kvfold.kernels.triton.prepare import prepare_kernel
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass
+class Work:
+    """Device memory of the launches, shared by all layers that need the same."""
+
+    programs: int  #: of `attend.cu`
+    exact_splits: int
+    sms: int  #: multiprocessors
+    addresses: Tensor  #: int64 `[rows, pages]`, written by Triton's prepare kernel
+    query: Tensor  #: `[places, pages or 1, ...]` 16-bit words
+    terms: Tensor  #: what Triton's prepare kernel adds to sums
+    means: Tensor
+    sums: Tensor  #: `[programs + places, m, columns]`
+    state: Tensor
+    exact: Tensor
+    exact_state: Tensor
+
+
+_WORK: dict[tuple[object, ...], Work] = {}
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n, from 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def _work(
+    layer: Any, rows: int, tiles: int, m: int, mean_n: int, capacity: int, exact: int,
+    device: torch.device,
+) -> Work:  # fmt: skip
+    c = layer.constants
+    held = power_of_two(capacity) if capacity else 0  # few sizes, not one a page
+    key = (
+        device, rows, tiles, m, held, exact, layer.heads, layer.block, layer.value_dim, layer.cost,
+        layer.key.columns, layer.value.columns, c["V_GROUPS"], c["PAGED"], c["SEGMENTS"], c["MEAN"],
+    )  # fmt: skip
+    if key in _WORK:
+        return _WORK[key]
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    exact_splits, places = -(-exact // cuda.EXACT_TOKENS), rows * tiles * layer.heads
+    cut = cuda.shared(layer, m, mean_n)
+    programs = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
+    pages, groups = max(held, 1), int(c["V_GROUPS"])
+    paged, segments = bool(c["PAGED"]), int(c["SEGMENTS"])
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    half = torch.float16
+    with torch.inference_mode(False):
+        _WORK[key] = Work(
+            programs,
+            exact_splits,
+            sms,
+            empty(rows, pages, dtype=torch.int64),
+            empty(places, pages if paged else 1, cuda.query_bytes(layer, m) // 2, dtype=half),
+            empty(places, pages if paged or segments > 1 else 1, 2 * segments, m),
+            empty(places, held if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
+            empty(programs + places, m, layer.value.columns),
+            empty(programs + places, 2 + 2 * groups, m),
+            empty(places, exact_splits, m, layer.value_dim),
+            empty(places, exact_splits, 2, m),
+        )
+    return _WORK[key]
+
+
+def decode(
+    q: Tensor, layer: Any, exact_keys: Tensor, exact_values: Tensor, tokens: Tensor,
+    query_tokens: Tensor, located: Located, *, scaling: float, softcap: float | None,
+    sink_logits: Tensor | None, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """What `kvfold.kernels.triton.decode.decode` computes, with its arguments, into `out`."""
+    rows, query_heads, queries, _ = q.shape
+    group = query_heads // layer.heads
+    m = min(cuda.TILE, group * queries)
+    tiles = -(-group * queries // m)
+    mean_n = max(2, power_of_two(m))
+    exact, capacity = exact_keys.shape[2], located.table.shape[1]
+    work = _work(layer, rows, tiles, m, mean_n, capacity, exact, q.device)
+    places = rows * tiles * layer.heads
+    key, value, none = layer.key, layer.value, layer.table
+    scale = float(scaling) * LOG2E
+    if capacity and layer.native.whole_keys:
+        arguments = (
+            q, layer.table, layer.native.tables, key.center, layer.native.reach,
+            layer.rope if layer.rope is not None else none,
+            located.block, located.folded, located.first, work.query, work.means,
+            capacity, query_heads, queries, group, tiles, layer.sinks,
+        )  # fmt: skip
+        cuda.prepare(
+            layer, places, capacity, work.sms, arguments, (scale, 2.0**-key.exponent),
+            m=m, mean_n=mean_n, dtype=q.dtype,
+        )  # fmt: skip
+    elif capacity:
+        p_m = power_of_two(m)
+        run = 64 // p_m
+        prepare_kernel[(places, -(-capacity // run))](
+            q, key.matrix, key.gain, key.center, layer.mean if layer.mean is not None else none,
+            layer.rope if layer.rope is not None else none,
+            located.table, located.block, located.folded, located.first, layer.pool.addresses,
+            work.addresses, work.query, work.terms, work.means,
+            capacity, layer.pool.slab_pages, layer.page_bytes, cuda.zero_at(layer),
+            query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
+            HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,
+            C=key.columns, P_C=64 * -(-key.columns // 64), B=layer.block, PAGES=run,
+            PAGED=layer.constants["PAGED"], SEGMENTS=1, Z=False, MEAN=layer.constants["MEAN"],
+            TURN=layer.rope is not None, PLAIN=False, num_warps=4,
+        )  # fmt: skip
+    arguments = (
+        layer.table, layer.costs, located.folded, located.table, layer.pool.addresses, capacity,
+        layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
+        q, exact_keys, exact_values, tokens, query_tokens, exact, rows, query_heads, queries, group,
+        tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
+        work.exact_state, work.exact_splits,
+    )  # fmt: skip
+    cuda.attend(
+        layer, work.programs, arguments,
+        m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype,
+    )  # fmt: skip
+    offset, mean = value.operand.offset, value.operand.mean
+    arguments = (
+        work.sums, work.state, work.exact, work.exact_state, located.folded, layer.costs,
+        value.matrix, value.gain, value.center,
+        offset if offset is not None else none, mean if mean is not None else none,
+        sink_logits.to(q.dtype) if sink_logits is not None else none, query_tokens, out,
+        rows, work.programs, cuda.inverse(work.programs), work.exact_splits,
+        cuda.exact_cost(layer), query_heads, queries, group, tiles,
+    )  # fmt: skip
+    cuda.merge(
+        layer, places, arguments, work.programs + work.exact_splits, 2.0**-value.exponent,
+        m=m, sms=work.sms, sink_logits=sink_logits is not None, dtype=q.dtype,
+    )  # fmt: skip
+    return out
