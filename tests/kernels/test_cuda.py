@@ -76,8 +76,8 @@ MEASURED = ["fisher2", "fisher2-post", "fisher4", "kivi4-g64", "kivi2-g32", "tur
 def test_all_warps_that_launches_count_on_have_registers(name, dim, tmp_path):
     """Of 65,536 of a multiprocessor.
 
-    At head_dim 128 nothing spills in the loop over pages (the smallest with all products of digits):
-    local memory would wait behind the copies of pages.
+    At head_dim 128 nothing spills in the loop over pages (the smallest with all products of
+    digits): local memory would wait behind the copies of pages.
     """
     made = layer(name, dim)
     assert cuda.refuses(made) is None
