@@ -94,6 +94,23 @@ def test_no_step_waits_for_the_device(model, graphs):
     assert cache.timeline.folded[0] == cache.timeline.folded_at(330) + 1
 
 
+def test_steps_run_ahead_of_the_device(model):
+    """Each replay reads its own step's numbers, however many steps later the device gets there."""
+    serves(model, "kivi4-g32")
+    cache, ids = kvfold.FoldedCache(model, "kivi4-g32", graphs=True), prompt()
+    found = []
+    with torch.no_grad():
+        for part in (ids, ids[:, :1]):
+            model(input_ids=part, past_key_values=cache)
+        numbers = cache.graphs.capture.numbers
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000_000)  # half a second
+        for _ in range(12):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+            found.append(numbers.query_tokens.clone())
+    assert torch.cat(found, 1).tolist() == [list(range(331, 343))] * 2
+
+
 def test_a_fold_on_the_device_writes_the_hosts_bytes(model):
     """Bytes of the blocks folded while decoding, against the same states encoded on the host."""
     cache = kvfold.FoldedCache(model, "kivi4-g32", graphs=False)

@@ -2,10 +2,7 @@
 
 import torch
 
-from kvfold.cache.timeline import Located, Step, Timeline
-
-#: host buffers in turn, so that one is rewritten only when its copy is long done.
-STAGES = 4
+from kvfold.cache.timeline import Located, Step, Timeline, upload
 
 
 class Numbers:
@@ -22,13 +19,8 @@ class Numbers:
         self.capacity = capacity
         self._sizes = [rows * n for n in (exact, capacity, capacity, 1, 1, 1, 1, 1)]
         self._host = torch.zeros(sum(self._sizes), dtype=torch.int32)
-        pinned = device.type == "cuda"
-        self._stages = [
-            torch.zeros(len(self._host), dtype=torch.int32, pin_memory=pinned)
-            for _ in range(STAGES)
-        ]
         self._device = self._host.to(device)
-        self._turn, self._pages = 0, (-1, -1)
+        self._pages = (-1, -1)
         tokens, table, block, length, folded, first, query, slot = self._device.split(self._sizes)
         #: `[rows, sinks + ring]` token index of each exact slot, -1 where it is empty.
         self.tokens = tokens.view(rows, exact)
@@ -60,7 +52,5 @@ class Numbers:
         query.copy_(start)
         ring = timeline.sinks + (start - timeline.sinks) % (timeline.window + timeline.block)
         slot.copy_(torch.where(start < timeline.sinks, start, ring))
-        stage = self._stages[self._turn]
-        self._turn = (self._turn + 1) % STAGES
-        stage.copy_(self._host)
-        self._device.copy_(stage, non_blocking=True)
+        # a copy of its own: steps run ahead of the device, which may read it many steps later
+        self._device.copy_(upload(self._host, self._device.device), non_blocking=True)
