@@ -25,7 +25,7 @@ from transformers import DynamicCache
 import kvfold
 from kvfold.evaluation.retrieval import Pairs, Score, ask, pairs
 
-BUDGETS = (0.5, 0.25, 0.1)
+BUDGETS = "0.5,0.25,0.1"
 #: a budget that keeps everything until prune() is called
 ALL = 1 << 30
 
@@ -73,13 +73,13 @@ def alone(model, cache, asked: Pairs, reference: Score, prune: int) -> tuple[Sco
     return Score(digits, rows, kl, torch.cat([score.logits for score in found])), held
 
 
-def variants(presets: list[str], composed: str, cold: int, block: int):
+def variants(presets: list[str], composed: str, budgets: list[float], cold: int, block: int):
     """(preset, mode, budget, options of the cache, tokens to prune to)."""
     for preset in dict.fromkeys(("identity", composed, *presets)):
         yield preset, "all", 1.0, {}, None
         if preset not in ("identity", composed):
             continue
-        for budget in BUDGETS:
+        for budget in budgets:
             tokens = max(block, int(budget * cold) // block * block)
             yield preset, "top_k", budget, {"top_k": tokens}, None
             yield preset, "prune", budget, {"prune": ALL}, tokens
@@ -110,7 +110,10 @@ def measure(model, args, asked: Pairs, stock, text, presets: list[str]):
         return
     block = 128
     cold = max(0, tokens - 64 - 4) // block * block
-    for preset, mode, budget, options, prune in variants(presets, args.composed, cold, block):
+    budgets = [float(x) for x in args.budgets.split(",") if x]
+    for preset, mode, budget, options, prune in variants(
+        presets, args.composed, budgets, cold, block
+    ):
         try:
             cache = kvfold.FoldedCache.from_cache(
                 model, stock, preset, strict=args.device == "cpu", **options
@@ -140,6 +143,7 @@ def main() -> None:
     make.add_argument("--tokens", help="prompt lengths, comma separated")
     make.add_argument("--questions", type=int, help="asked at once; 8 on a CPU, 32 with --full")
     make.add_argument("--with", dest="composed", default="fisher3", help="preset beside identity")
+    make.add_argument("--budgets", default=BUDGETS, help="of trim, prune and top_k; '' for none")
     make.add_argument("--gate", type=float, default=0.8)
     make.add_argument("--text", type=Path, help="a text for text_kl; none without")
     make.add_argument("--steps", type=int, default=160, help="of the text, scored one by one")
