@@ -235,7 +235,7 @@ Room room_of(const Work& w, bool measure, int64_t* bytes) {
   r.digits = l.take<uint8_t>(int64_t(most) * s.B * kBatch * (key.share > 1 ? key.share : 1) + 256);
   r.column = l.take<uint16_t>(s.B);
   r.copy = l.take<uint8_t>(64 * (int64_t(s.B) + 16) * ((most + 15) / 16 + 3) * kBatch + 256);
-  r.limbs = l.take<int8_t>(kLimbs * tokens);
+  r.limbs = l.take<int8_t>(int64_t(M) * kLimbs * tokens);
   r.value_patterns = l.take<int8_t>(int64_t(kBatch) * M * kLimbs * 8 * (up(s.B, 64) + 64));
   r.raw = l.take<float>(M * (up(value.columns, 64) + 64 * (value.groups + 3)));
   r.by = l.take<float>(M);
@@ -457,11 +457,14 @@ void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* 
   }
   if (key.kind == kDigits) {
     digit_scores(w, r, page, head, pattern, scale, scores, stride);
+    const int run = B / constants;
     for (int m = 0; m < M; ++m)
-      for (int t = 0; t < B; ++t)
-        scores[m * stride + t] = (scores[m * stride + t] +
-                                  constant[m * constants + t / (B / constants)]) *
-                                 r.gains[t];
+      for (int g = 0; g < constants; ++g) {
+        const float more = constant[m * constants + g];
+        float* to = scores + m * stride + g * run;
+        const float* gain = r.gains + g * run;
+        for (int t = 0; t < run; ++t) to[t] = (to[t] + more) * gain[t];
+      }
   } else if (key.kind == kStates) {
     widen(page + key.states_at + int64_t(head) * B * s.D * type_size(key.states_type),
           key.states_type, B * s.D, r.tile);
@@ -505,6 +508,9 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
   const Side& value = *call.value;
   const Shape& s = w.shape;
   const int B = s.B, M = s.M, tokens = pages * B;
+  for (int m = 0; m < M; ++m)
+    r.by[m] = to_limbs(weights + m * stride, tokens, s.limbs,
+                       r.limbs + int64_t(m) * s.limbs * tokens, tokens);
   // the widths that the run of columns has
   for (int i = 0; i < value.sections; ++i) {
     const Section& part = value.section[head * value.sections + i];
@@ -516,10 +522,9 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
     const int64_t of_page = int64_t(planes) * M * s.limbs * bytes;
     if (bytes != stored) memset(r.value_patterns, 0, static_cast<size_t>(of_page * pages));
     for (int m = 0; m < M; ++m) {
-      r.by[m] = to_limbs(weights + m * stride, tokens, s.limbs, r.limbs, tokens);
       for (int p = 0; p < pages; ++p)
         for (int l = 0; l < s.limbs; ++l) {
-          const int8_t* from = r.limbs + l * tokens + p * B;
+          const int8_t* from = r.limbs + (int64_t(m) * s.limbs + l) * tokens + p * B;
           int8_t* to = r.value_patterns + p * of_page + (int64_t(m) * s.limbs + l) * bytes;
           const int64_t plane = int64_t(M) * s.limbs * bytes;
           if (part.width == 4) value_pattern<4>(from, B, to, plane);
@@ -559,8 +564,7 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
     }
 #undef VALUES
     for (int m = 0; m < M; ++m)
-      for (int c = 0; c < n; ++c)
-        t.columns[int64_t(m) * w.width + low + c] += r.raw[m * padded + place_of_column(c, bytes)];
+      add_columns(r.raw + m * padded, n, bytes, t.columns + int64_t(m) * w.width + low);
   }
 }
 

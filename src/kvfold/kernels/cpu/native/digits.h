@@ -52,9 +52,14 @@ INLINE int token_of(int k, int block, int words) { return (k & 3) * (block / 4) 
 // Limbs of a chunk's 16 columns as `key_rows` meets them: for either half of the digits of a byte
 // pair, 8 columns, then the other 8. The halves may belong to segments with queries of their own.
 INLINE void key_pattern(const int8_t* even, const int8_t* odd, int columns, int8_t* out) {
+  if (columns >= 16) {
+    memcpy(out, even, 8), memcpy(out + 8, odd, 8);
+    memcpy(out + 16, even + 8, 8), memcpy(out + 24, odd + 8, 8);
+    return;
+  }
   int8_t both[2][16] = {};
-  memcpy(both[0], even, static_cast<size_t>(columns < 16 ? columns : 16));
-  memcpy(both[1], odd, static_cast<size_t>(columns < 16 ? columns : 16));
+  memcpy(both[0], even, static_cast<size_t>(columns));
+  memcpy(both[1], odd, static_cast<size_t>(columns));
   for (int i = 0; i < 4; ++i) memcpy(out + 8 * i, both[i & 1] + 8 * (i >> 1), 8);
 }
 
@@ -139,7 +144,13 @@ static void key_section(const uint8_t* const* chunk, int chunks, int block, KeyP
           to[j] = scores + (m + i) * stride + token_of(k, block, words);
         }
         const float by = scale[m + i];
-        for (int u = 0; u < words; ++u)
+        int u = 0;
+        for (; u + kLanes <= words; u += kLanes) {
+          F column[4];
+          every_fourth(from + 4 * u, column);
+          for (int j = 0; j < 4; ++j) store(to[j] + u, load<F>(to[j] + u) + column[j] * by);
+        }
+        for (; u < words; ++u)
           for (int j = 0; j < 4; ++j) to[j][u] += by * from[4 * u + j];
       }
   }
@@ -161,8 +172,7 @@ static void value_pattern(const int8_t* limbs, int block, int8_t* out, int64_t p
   for (int s = 0; s < kPlanes; ++s) {
     const int8_t* even = limbs + token_of(s, block, words);
     const int8_t* odd = limbs + token_of(kPlanes + s, block, words);
-    int8_t* to = out + s * plane_stride;
-    for (int u = 0; u < words; ++u) to[2 * u] = even[u], to[2 * u + 1] = odd[u];
+    interleave(even, odd, words, out + s * plane_stride);
   }
 }
 
@@ -172,9 +182,19 @@ INLINE int padded_columns(int count, int bytes) {
   const int group = 4 * columns_of_vector(bytes);
   return (count + group - 1) / group * group;
 }
-INLINE int place_of_column(int column, int bytes) {
-  const int per = columns_of_vector(bytes), vector = column / per, sub = column % per;
-  return ((vector / 4) * per + sub) * 4 + vector % 4;
+// out [count] += the sums in their own order
+INLINE void add_columns(const float* sums, int count, int bytes, float* out) {
+  const int per = columns_of_vector(bytes);
+  if (per == 1) {
+    for (int c = 0; c < count; ++c) out[c] += sums[c];
+    return;
+  }
+  for (int first = 0; first < count; first += 4 * per)
+    for (int sub = 0; sub < per; ++sub)
+      for (int i = 0; i < 4; ++i) {
+        const int c = first + i * per + sub;
+        if (c < count) out[c] += sums[first + sub * 4 + i];
+      }
 }
 
 // out [M][stride] += scale * sums over the tokens of `pages` pages, for every column of a section, of

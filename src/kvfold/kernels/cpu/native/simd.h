@@ -44,7 +44,7 @@ INLINE To bits(From x) {
   memcpy(&y, &x, sizeof(To));
   return y;
 }
-INLINE F all(float x) { return F{} + x; }
+INLINE F all(float x) { return x - F{}; }  // + would lose the sign of -0, and so costs an addition
 INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 INLINE F larger(F a, F b) { return a > b ? a : b; }
 INLINE F smaller(F a, F b) { return a < b ? a : b; }
@@ -179,6 +179,36 @@ INLINE F pairs(F a, F b) {
   return bits<F>(vpaddq_f32(bits<float32x4_t>(a), bits<float32x4_t>(b)));
 #else
   return F{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+#endif
+}
+
+// out [2 n]: a0 b0 a1 b1 ...
+INLINE void interleave(const int8_t* a, const int8_t* b, int n, int8_t* out) {
+  int i = 0;
+#if defined(__SSE2__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + i));
+    const __m128i y = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b + i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), _mm_unpacklo_epi8(x, y));
+  }
+#endif
+  for (; i < n; ++i) out[2 * i] = a[i], out[2 * i + 1] = b[i];
+}
+
+// [kLanes][4] floats, their four columns
+INLINE void every_fourth(const float* p, F* column) {
+#if KVFOLD_BITS == 512
+  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
+  const __m512 c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+  for (int j = 0; j < 4; ++j) {
+    const __m512i at = _mm512_add_epi32(first, _mm512_set1_epi32(j));
+    const __m512 low = _mm512_permutex2var_ps(a, at, b), high = _mm512_permutex2var_ps(c, at, d);
+    column[j] = bits<F>(_mm512_shuffle_f32x4(low, high, 0x44));
+  }
+#else
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < kLanes; ++i) column[j][i] = p[4 * i + j];
 #endif
 }
 
