@@ -5,6 +5,9 @@ queries in the units of columns, products with the mean, and a record for each p
 pages of a place (`common.cuh` says which).
 """
 
+# launches take options that the kernels' signatures do not name
+# pyright: reportCallIssue=false
+
 from dataclasses import dataclass
 from typing import Any
 
