@@ -22,7 +22,7 @@ INLINE void product_block(int depth, const float* a, int64_t lda, const float* w
       F row[N];
       for (int n = 0; n < N; ++n) row[n] = load<F>(w + k * ldw + n * kLanes);
       for (int m = 0; m < M; ++m) {
-        const F x = all(a[m * lda + k]);
+        const F x = a[m * lda + k] - F{};  // `all` adds, or the sign of -0 were lost
         for (int n = 0; n < N; ++n) acc[m][n] += x * row[n];
       }
     }

@@ -44,7 +44,7 @@ INLINE To bits(From x) {
   memcpy(&y, &x, sizeof(To));
   return y;
 }
-INLINE F all(float x) { return x - F{}; }  // + would lose the sign of -0, and so costs an addition
+INLINE F all(float x) { return F{} + x; }
 INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 INLINE F larger(F a, F b) { return a > b ? a : b; }
 INLINE F smaller(F a, F b) { return a < b ? a : b; }
