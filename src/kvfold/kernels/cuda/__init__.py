@@ -29,7 +29,7 @@ EXACT_TOKENS = 16
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
 SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-#: pages that a warp of `prepare.cu` takes at once, and its warps
+#: pages that a warp of `prepare.cu` takes at once, and warps of its program
 PREPARE_PAGES, PREPARE_WARPS = 4, 16
 MERGE_THREADS, MERGE_GROUPS = 512, 4
 

@@ -21,11 +21,9 @@
 // row g are `4 (g / 2) + g % 2 + 2 (g / 2 % 2)`, of row g + 8 that ^ 2, so that rows lie in different
 // banks and the weights, transposed by movmatrix, are those of tokens 4c..4c+3.
 //
-// Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact
-// tokens of an item), HEADS, M, D_K, D_V, K4.. (slots of 16 columns of a
-// section), K_WHOLE (sections are multiples of 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS..,
-// ZERO_AT (first byte of keys' zero points),
-// and flags.
+// Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
+// D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE (sections are multiples of 16), K_GAIN..
+// (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), and flags.
 
 #define KC (K4 + K2 + K1)   // slots of key chunks
 #define VC (V4 + V2 + V1)

@@ -5,9 +5,6 @@ queries in the units of columns, products with the mean, and a record for each p
 pages of a place (`common.cuh` says which).
 """
 
-# launches take options that the kernels' signatures do not name
-# pyright: reportCallIssue=false
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch import Tensor
 
 from kvfold.cache.timeline import Located
 from kvfold.kernels import cuda
-from kvfold.kernels.triton.prepare import prepare_kernel
+from kvfold.kernels.triton.prepare import power_of_two, prepare
 
 LOG2E = 1.4426950408889634
 
@@ -39,11 +36,6 @@ class Work:
 
 
 _WORK: dict[tuple[object, ...], Work] = {}
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n, from 1."""
-    return 1 << (n - 1).bit_length()
 
 
 def _work(
@@ -114,19 +106,10 @@ def decode(
             m=m, mean_n=mean_n, dtype=q.dtype,
         )  # fmt: skip
     elif capacity:
-        p_m = power_of_two(m)
-        run = 64 // p_m
-        prepare_kernel[(places, -(-capacity // run))](
-            q, key.matrix, key.gain, key.center, layer.mean if layer.mean is not None else none,
-            layer.rope if layer.rope is not None else none,
-            located.table, located.block, located.folded, located.first, layer.pool.addresses,
-            work.addresses, work.query, work.terms, work.means,
-            capacity, layer.pool.slab_pages, layer.page_bytes, cuda.zero_at(layer),
-            query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
-            HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,
-            C=key.columns, P_C=64 * -(-key.columns // 64), B=layer.block, PAGES=run,
-            PAGED=layer.constants["PAGED"], SEGMENTS=1, Z=False, MEAN=layer.constants["MEAN"],
-            TURN=layer.rope is not None, PLAIN=False, num_warps=4,
+        into = work.addresses, work.query, work.terms, work.means
+        prepare(
+            q, layer, located, into,
+            m=m, mean_n=mean_n, scale=scale, segments=1, z=False, plain=False,
         )  # fmt: skip
     arguments = (
         layer.table, layer.costs, located.folded, located.table, layer.pool.addresses, capacity,

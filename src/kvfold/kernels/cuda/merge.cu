@@ -1,6 +1,7 @@
 // The launch after attention, for sm_90: partial results by their log-sum-exp, turned back to states.
 //
-// One program a row, tile of queries and KV head, and PER of its M queries. Weights of all splits first, then the sums over
+// One program a row, tile of queries and KV head, and PER of its M queries. It finds the programs of
+// attention that had pages of its place, from `Cut`. Weights of all splits first, then the sums over
 // columns, in a fixed order, then their product with the head's matrix, all in float32.
 //
 // Constants come as macros, see __init__.py: HEADS, M, PER, D, C (columns), GROUPS, DTYPE, and the flags

@@ -6,7 +6,7 @@
 
 All that changes between steps lies in device tensors (`Located`, token numbers): no launch depends
 on a length, and programs without pages leave at once. Where `kvfold.kernels.cuda` reads a layer,
-its kernels are launched with the same arguments.
+`kvfold.kernels.cuda.decode` takes its place.
 """
 
 # launches take options that the kernels' signatures do not name
@@ -29,7 +29,7 @@ from kvfold.kernels.lowering import NotLoweredError, Operand, lower_keys, lower_
 from kvfold.kernels.triton import unpack
 from kvfold.kernels.triton.loop import LOG2E, decode_kernel
 from kvfold.kernels.triton.merge import merge_kernel
-from kvfold.kernels.triton.prepare import prepare_kernel
+from kvfold.kernels.triton.prepare import power_of_two, prepare
 from kvfold.packing import CHUNK, SECTIONS
 
 #: each page's place in its row is read from `Located.block`.
@@ -321,7 +321,7 @@ def _check(store: LayerStore, key: Operand, value: Operand) -> None:
 
 def _rope_table(rope, dim: int) -> Tensor:
     """`[3, power of two]` frequency, sign of the partner in R^-1, partner's index; per channel."""
-    padded = _power_of_two(dim)
+    padded = power_of_two(dim)
     table = torch.zeros(3, padded)
     table[2] = torch.arange(padded)
     freq = torch.tensor(rope.inv_freq, dtype=torch.float32)
@@ -333,10 +333,6 @@ def _rope_table(rope, dim: int) -> Tensor:
     table[1, a], table[1, b] = 1.0, -1.0
     table[2, a], table[2, b] = b.float(), a.float()
     return table
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def interpreted() -> bool:
@@ -390,7 +386,7 @@ def _work(
     device: torch.device, tuning: Tuning,
 ) -> Work:  # fmt: skip
     c = layer.constants
-    capacity = _power_of_two(max(capacity, 1)) if capacity else 0  # few sizes, not one a page
+    capacity = power_of_two(max(capacity, 1)) if capacity else 0  # few sizes, not one a page
     key = (
         device, rows, tiles, m, capacity, exact, tuning, layer.heads, layer.block, layer.value_dim,
         layer.cost, layer.key.columns, layer.value.columns, c["V_GROUPS"], c["PAGED"],
@@ -489,7 +485,7 @@ def decode(
     group = query_heads // layer.heads
     m = min(TILE, group * queries)
     tiles = -(-group * queries // m)
-    mean_n = max(2, _power_of_two(m))
+    mean_n = max(2, power_of_two(m))
     exact = exact_keys.shape[2]
     capacity = located.table.shape[1]
     tuning = tuning or Tuning()
@@ -500,21 +496,10 @@ def decode(
     scale = float(scaling) * LOG2E.value
     key, value = layer.key, layer.value
     if capacity:
-        p_m = _power_of_two(m)
-        run = 64 // p_m
-        prepare_kernel[(places, -(-capacity // run))](
-            q, key.matrix, key.gain, key.center, layer.mean if layer.mean is not None else none,
-            layer.rope if layer.rope is not None else none,
-            located.table, located.block, located.folded, located.first,
-            layer.pool.addresses, work.addresses,
-            work.query, work.z, work.scores,
-            capacity, layer.pool.slab_pages, layer.page_bytes,
-            key.operand.bytes.get(key.operand.stored.page_zero or "", 0),
-            query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
-            HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,
-            C=key.columns, P_C=64 * -(-key.columns // 64), B=layer.block, PAGES=run,
-            PAGED=c["PAGED"], SEGMENTS=c["SEGMENTS"], Z=c["Z"], MEAN=c["MEAN"],
-            TURN=layer.rope is not None, PLAIN=interpreted(), num_warps=4,
+        into = work.addresses, work.query, work.z, work.scores
+        prepare(
+            q, layer, located, into, m=m, mean_n=mean_n, scale=scale,
+            segments=c["SEGMENTS"], z=c["Z"], plain=interpreted(),
         )  # fmt: skip
     grid = (len(work.items), rows * tiles)
     decode_kernel[grid](
@@ -529,7 +514,7 @@ def decode(
         DTYPE=DTYPES[q.dtype], STAGES=tuning.stages, **c, num_warps=layer.block // 64,
     )  # fmt: skip
     per = 1 if places * m <= 512 else m
-    per = _power_of_two(per)
+    per = power_of_two(per)
     merge_kernel[(places, -(-m // per))](
         work.sums, work.state, work.exact, work.exact_state, work.parts, located.folded,
         value.matrix, value.gain, value.center,

@@ -153,3 +153,44 @@ def prepare_kernel(
                     at[None, :] + t[:, None] * MEAN_N, found.to(tl.float16),
                     mask=(r_there & (r_n < MEAN_N))[None, :],
                 )  # fmt: skip
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n, from 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def prepare(q, layer, located, into, *, m, mean_n, scale, segments, z, plain):
+    """Launch `prepare_kernel` for queries `[rows, query_heads, queries, dim]` of a layer.
+
+    Args:
+        q: the queries, contiguous.
+        layer: `kvfold.kernels.triton.decode.Layer`.
+        located: pages of each row.
+        into: where page addresses, queries of columns, what is added to sums, and products with
+            the mean go.
+        m: queries of a program.
+        mean_n: queries for which products with the mean have room.
+        scale: factor on the queries.
+        segments: of a page, of which each has terms of its own.
+        z: whether there are terms to add.
+        plain: without inline assembly.
+    """
+    rows, query_heads, queries, _ = q.shape
+    group = query_heads // layer.heads
+    tiles = -(-group * queries // m)
+    capacity, key, c = located.table.shape[1], layer.key, layer.constants
+    p_m = power_of_two(m)
+    run = 64 // p_m
+    prepare_kernel[(rows * tiles * layer.heads, -(-capacity // run))](
+        q, key.matrix, key.gain, key.center, layer.mean if layer.mean is not None else layer.table,
+        layer.rope if layer.rope is not None else layer.table,
+        located.table, located.block, located.folded, located.first, layer.pool.addresses, *into,
+        capacity, layer.pool.slab_pages, layer.page_bytes,
+        key.operand.bytes.get(key.operand.stored.page_zero or "", 0),
+        query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
+        HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,
+        C=key.columns, P_C=64 * -(-key.columns // 64), B=layer.block, PAGES=run,
+        PAGED=c["PAGED"], SEGMENTS=segments, Z=z, MEAN=c["MEAN"],
+        TURN=layer.rope is not None, PLAIN=plain, num_warps=4,
+    )  # fmt: skip
