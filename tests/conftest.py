@@ -35,6 +35,11 @@ def page_walk_without_extension() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if torch.cuda.is_available():
+        from kvfold.calibration.artefact import commit
+
+        device = torch.cuda.get_device_name()
+        terminalreporter.write_line(f"{device}, torch {torch.__version__}, commit {commit()}")
     if importlib.util.find_spec("kvfold.kernels.cpu._native") is None:
         terminalreporter.write_line(
             "the C++ extension is not built: attention on CPUs ran in plain torch", yellow=True
