@@ -5,10 +5,11 @@
 
 A prompt of random key-value lines (`kvfold.evaluation.retrieval`) is prefilled once with the stock
 cache and folded into each preset. Gate: the uncompressed model has to give back `--gate` of the
-digits, else a length is not measured. Modes are measured on exact pages (identity) and on
-`--with`, at 50, 25 and 10 % of the cold tokens: trim does not know the question,
-`prune` is called when the question has been read, `top_k` chooses again for each token. `text_kl`
-is KL(uncompressed || mode) on `--text` behind a prompt of the same length, step by step.
+digits, else a length is not measured: at 8k it does where text that says nothing lies between the
+pairs. Modes are measured on exact pages (identity) and on `--with`, at 50, 25 and 10 % of the cold
+tokens: trim does not know the question, `prune` is called when the question has been read, `top_k`
+chooses again for each token. `text_kl` is KL(uncompressed || mode) on `--text` behind a prompt of
+the same length, step by step.
 On a GPU codes without a kernel are read in plain torch, with a warning.
 Presets that need a calibration which is not at hand are named and left out.
 """
@@ -86,11 +87,12 @@ def variants(presets: list[str], composed: str, budgets: list[float], cold: int,
             yield preset, "trim", budget, {"trim": tokens}, None
 
 
-def measure(model, args, asked: Pairs, stock, text, presets: list[str]):
+def measure(model, args, asked: Pairs, filler: int, stock, text, presets: list[str]):
     """The rows of one prompt length; first the uncompressed one."""
     tokens = asked.prompt.shape[1]
     reference = ask(model, copy.deepcopy(stock), asked)
-    base = {"what": "retrieval", "tokens": tokens, "questions": len(asked.questions)}
+    base = {"what": "retrieval", "tokens": tokens, "filler": filler}
+    base["questions"] = len(asked.questions)
 
     def row(preset: str, mode: str, budget: float, score: Score, kl: float | str, held: int):
         return base | {
@@ -140,27 +142,31 @@ def main() -> None:
     """Measure each length, and write what there is after each row."""
     make = parser(__doc__, "retrieval.csv")
     make.add_argument("--full", action="store_true", help="all lengths and every preset")
-    make.add_argument("--tokens", help="prompt lengths, comma separated")
-    make.add_argument("--questions", type=int, help="asked at once; 8 on a CPU, 32 with --full")
+    make.add_argument(
+        "--tokens", help="prompt lengths, comma separated; with filler after each pair: 8000:10"
+    )
+    make.add_argument("--questions", type=int, help="of a prompt; 8, or 32 with --full on a GPU")
     make.add_argument("--with", dest="composed", default="fisher3", help="preset beside identity")
     make.add_argument("--budgets", default=BUDGETS, help="of trim, prune and top_k; '' for none")
     make.add_argument("--gate", type=float, default=0.8)
     make.add_argument("--text", type=Path, help="a text for text_kl; none without")
     make.add_argument("--steps", type=int, default=160, help="of the text, scored one by one")
     args = make.parse_args()
-    lengths = args.tokens or ("2000,4000,8000" if args.full else "2000")
+    lengths = args.tokens or ("2000,4000,8000:10" if args.full else "2000")
     presets = list(kvfold.presets()) if args.full else [*args.presets.split(","), "fisher3"]
     model, tokenizer = load(args)
     rows, start = [], time.perf_counter()
-    for tokens in map(int, lengths.split(",")):
-        asked = pairs(tokenizer, tokens, args.questions or (32 if args.full else 8))
+    for length in lengths.split(","):
+        tokens, filler = map(int, (length if ":" in length else f"{length}:0").split(":"))
+        count = args.questions or (32 if args.full and args.device != "cpu" else 8)
+        asked = pairs(tokenizer, tokens, count, filler=filler)
         stock = prefilled(model, asked.prompt.to(args.device))
         text = None
         if args.text is not None:
             ids = tokenizer(args.text.read_text(), return_tensors="pt", verbose=False)["input_ids"]
             ids = ids[:, : tokens + args.steps].to(args.device)
             text = prefilled(model, ids[:, : -args.steps]), ids[:, -args.steps :]
-        for row in measure(model, args, asked, stock, text, presets):
+        for row in measure(model, args, asked, filler, stock, text, presets):
             rows.append(row)
             write(
                 args.out, rows, args, len(rows) - 1

@@ -31,3 +31,12 @@ def test_the_demo_model_finds_pairs_and_a_cache_without_them_does_not():
     assert exact.kl < 1e-5, exact.kl
     assert blind.digits < 0.6 * reference.digits, (blind.digits, reference.digits)
     assert blind.kl > 0.5, blind.kl
+
+
+def test_filler_keeps_pairs_apart():
+    _, tokenizer = load("smollm2-135m")
+    plain, filled = (pairs(tokenizer, 900, 2, filler=n) for n in (0, 3))
+    lines = [tokenizer.decode(p.prompt[0]).split("\n") for p in (plain, filled)]
+    assert all(" = " in line for line in lines[0][:-1])
+    assert sum(" = " in line for line in lines[1]) < len(lines[0]) / 4
+    assert 700 < filled.prompt.shape[1] <= 900

@@ -3,7 +3,8 @@
 A prompt is lines of two random words and five random digits, `harbor violet = 48213`; a question is
 the words of a line far behind, and the digits are what induction finds there. Chance is a tenth of
 the digits. A model that cannot do it uncompressed says nothing about a cache: look at the
-uncompressed row first.
+uncompressed row first. Where a prompt of nothing but pairs is too hard, `filler` puts text that
+says nothing between them (RULER's noise, Hsieh et al. 2024): fewer pairs, as far apart.
 """
 
 import random
@@ -20,6 +21,9 @@ from kvfold.integrations.transformers import FoldedCache
 DIGITS = 5
 #: share of the prompt, from its start, that questions are taken from.
 ASKED = 0.85
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,16 @@ class Score:
     logits: Tensor
 
 
-def pairs(tokenizer: Any, tokens: int, questions: int, seed: int = 0) -> Pairs:
-    """A prompt of at most `tokens` tokens and questions about its first 85 %."""
+def pairs(tokenizer: Any, tokens: int, questions: int, seed: int = 0, *, filler: int = 0) -> Pairs:
+    """A prompt of at most `tokens` tokens and questions about its first 85 %.
+
+    Args:
+        tokenizer: of the model.
+        tokens: most of the prompt.
+        questions: about so many pairs.
+        seed: of words, digits and choice.
+        filler: sentences that say nothing, five a time, after each pair: so many times.
+    """
     rng = random.Random(seed)
     pieces = (tokenizer.convert_ids_to_tokens(i) for i in range(1000, len(tokenizer)))
     words = sorted({p[1:] for p in pieces if p[0] in "Ġ▁" and p[1:].isalpha() and len(p) > 4})
@@ -66,7 +78,7 @@ def pairs(tokenizer: Any, tokens: int, questions: int, seed: int = 0) -> Pairs:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    end = encode("\n")
+    end = encode("\n") + encode(FILLER) * filler
     while len(words) > 1:
         key = encode(f"{words.pop()} {words.pop()} = ")
         value = encode(f"{rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)}")
