@@ -95,6 +95,8 @@ class Gate:
 
         @functools.wraps(model.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return gate.eager(*args, **kwargs)
             found = gate.graphs.get(id(kwargs.get("past_key_values")))
             graphs = found() if found else None
             return gate.eager(*args, **kwargs) if graphs is None else graphs.run(*args, **kwargs)
@@ -226,6 +228,8 @@ def why_not(cache: "FoldedCache", model: nn.Module, kwargs: dict[str, Any]) -> s
     tokens, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     if not capturable(tokens.device):
         return f"the model is on {tokens.device.type}, and graphs are CUDA's and need its kernel"
+    if hasattr(_GATES[model].own, "_torchdynamo_orig_callable"):
+        return "the model's forward is compiled, and plans its passes when they run"
     if not any(cache.timeline.folded):
         return "nothing is packed yet"
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):

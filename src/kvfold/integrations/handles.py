@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from kvfold.attention.dispatch import attend
 from kvfold.cache.store import View
 from kvfold.cache.timeline import CacheError
+from kvfold.integrations import compiled
+from kvfold.integrations.compiled import ROUTE
 from kvfold.integrations.describe import UnsupportedError
 
 NAME = "kvfold"
@@ -346,6 +347,12 @@ def attention_forward(
     Handles are read from their codes. Ordinary keys and values (sliding-window layers keep their
     own cache, other threads may use the model without one) go to what the user chose.
     """
+    if torch.compiler.is_compiling() and ROUTE.pending is not None:
+        (found, layer), ROUTE.pending = ROUTE.pending, None
+        more = scaling, kwargs.get("softcap"), kwargs.get("s_aux")
+        positions = kwargs.get("position_ids")
+        out = compiled.attend(found, layer, query, key, value, attention_mask, positions, *more)
+        return out.transpose(1, 2).contiguous(), None
     if not isinstance(key, FoldedStates):
         more = {"scaling": scaling, "dropout": dropout, **kwargs}
         return _plain(module, query, key, value, attention_mask, more)
@@ -402,4 +409,4 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, compiled.mask_of_rows)

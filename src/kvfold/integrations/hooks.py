@@ -1,12 +1,14 @@
 """What happens around one forward pass of a model with a `FoldedCache`."""
 
+import functools
 import inspect
 import sys
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kvfold.integrations.describe import decoder
 from kvfold.integrations.handles import SWITCH
@@ -16,51 +18,34 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The hooks of one cache on its model's decoder; they go when the cache goes.
+    """What one cache does around its model's passes.
 
-    They act only for passes that carry this cache: before, they bring positions and padding and
-    name kvfold's attention (not in a batch's first pass, which runs in the model's own kernel);
-    after, also after an exception, they restore the user's choice.
+    It acts only for passes that carry the cache: before, positions and padding are taken and
+    kvfold's attention is named (not in a batch's first pass, which runs in the model's own kernel);
+    after, also after an exception, the user's choice is restored.
     """
 
     def __init__(self, cache: "FoldedCache", model: nn.Module) -> None:
         base = decoder(model)
-        self.cache = weakref.ref(cache)
-        self.signature = inspect.signature(base.forward)
+        self.cache, self.base = weakref.ref(cache), weakref.ref(base)
         self.configs = attention_configs(base)
         self.reads_codes = reads_codes(base)
         self.active: int | None = None  # thread of the pass under way
         self.switched = False
-        handles = (
-            base.register_forward_pre_hook(self.before, with_kwargs=True),
-            base.register_forward_hook(self.after, with_kwargs=True, always_call=True),
-        )
+        place(base, cache)
+        weakref.finalize(cache, self._restore)
 
-        def close() -> None:
-            for handle in handles:
-                handle.remove()
-            self._restore()
-
-        weakref.finalize(cache, close)
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
         """Plan the pass and switch the attention; gives the pass's arguments where they change."""
         cache = self.cache()
-        if cache is None:
-            return None
-        given = self.signature.bind_partial(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
-        if given.get("past_key_values") is not cache or cache.bypass or cache.static is not None:
+        if cache is None or cache.bypass or cache.static is not None:
             return None  # passes that are recorded are planned before
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return None  # the model's own error is clearer
-        if self.active == threading.get_ident():
-            self.abort()  # Ctrl-C left the last pass without its after-hook
         rows, queries = tokens.shape[:2]
-        cache.begin(queries, rows, given.get("attention_mask"), given.get("position_ids"))
-        self.active = threading.get_ident()
+        self.begin(cache, rows, queries, given.get("attention_mask"), given.get("position_ids"))
         if self.reads_codes and cache.step is not None and not cache.step.is_first:
             SWITCH.take(self.configs)
             self.switched = True
@@ -71,11 +56,19 @@ class Hooks:
                 return args, {**kwargs, "attention_mask": None}
         return None
 
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Restore the attention and commit the pass."""
-        # also called where `before` has refused the pass of another thread
+    def begin(
+        self,
+        cache: "FoldedCache",
+        rows: int,
+        queries: int,
+        mask: Tensor | None,
+        positions: Tensor | None,
+    ) -> None:
+        """Plan a pass of this thread."""
         if self.active == threading.get_ident():
-            self._end(failed=output is None)
+            self.abort()  # Ctrl-C left the last pass without its end
+        cache.begin(queries, rows, mask, positions)
+        self.active = threading.get_ident()
 
     def abort(self) -> None:
         """Clean up after a pass that was interrupted.
@@ -89,9 +82,14 @@ class Hooks:
                 "this FoldedCache is in the middle of a forward pass of another thread"
             )
         if self.active is not None:
-            self._end(failed=True)
+            self._close(failed=True)
 
-    def _end(self, failed: bool) -> None:
+    def end(self, failed: bool) -> None:
+        """Commit this thread's pass; nothing where `begin` has refused it to another thread's."""
+        if self.active == threading.get_ident():
+            self._close(failed)
+
+    def _close(self, failed: bool) -> None:
         self.active = None
         self._restore()
         cache = self.cache()
@@ -103,20 +101,81 @@ class Hooks:
             self.switched = False
             SWITCH.give(self.configs)
 
-    def __reduce__(self) -> Any:
-        """A copied or pickled model takes inert hooks along: they belong to no cache."""
-        return _inert, ()
+
+# --- the hooks of a decoder, one pair for all caches ---------------------------------------------
 
 
-def _inert() -> Hooks:
-    hooks = Hooks.__new__(Hooks)
-    hooks.cache = _no_cache  # type: ignore[assignment]
-    hooks.active, hooks.switched = None, False
-    return hooks
+def _hooks_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Hooks | None, dict[str, Any]]:
+    """The hooks of the cache that a pass carries, None where it belongs to another model."""
+    given = _signature(type(module)).bind_partial(module, *args, **kwargs).arguments
+    given = {**given.pop("kwargs", {}), **given}
+    hooks = getattr(given.get("past_key_values"), "_hooks", None)
+    ours = isinstance(hooks, Hooks) and hooks.base() is module
+    return (hooks if ours else None), given
 
 
-def _no_cache() -> None:
-    return None
+@functools.cache
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return None  # `compiled.attend` plans when the pass runs
+    hooks, given = _hooks_of(module, args, kwargs)
+    return hooks and hooks.before(args, kwargs, given)
+
+
+def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        hooks, _ = _hooks_of(module, args, kwargs)
+        if hooks is not None:
+            hooks.end(failed=output is None)
+
+
+class _Placed:
+    """The pair on one decoder, and how many caches (and routes) need it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.count = 0
+        # a copied model has taken its hooks along
+        there = any(hook is _before for hook in base._forward_pre_hooks.values())
+        self.handles = (
+            ()
+            if there
+            else (
+                base.register_forward_pre_hook(_before, with_kwargs=True),
+                base.register_forward_hook(_after, with_kwargs=True, always_call=True),
+            )
+        )
+
+
+_PLACED: "weakref.WeakKeyDictionary[nn.Module, _Placed]" = weakref.WeakKeyDictionary()
+
+
+def place(base: nn.Module, owner: Any) -> None:
+    """Keep a decoder's hooks in place while `owner` lives: they stay the same from cache to cache.
+
+    Passes compiled by torch are guarded by the hooks that they were traced with.
+    """
+    if base not in _PLACED:
+        _PLACED[base] = _Placed(base)
+    _PLACED[base].count += 1
+    weakref.finalize(owner, _leave, weakref.ref(base))
+
+
+def _leave(at: "weakref.ref[nn.Module]") -> None:
+    base = at()
+    if base is None or base not in _PLACED:
+        return
+    placed = _PLACED[base]
+    placed.count -= 1
+    if not placed.count:
+        for handle in placed.handles:
+            handle.remove()
+        del _PLACED[base]
 
 
 def reads_codes(base: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from kvfold.cache.config import CacheConfig
 from kvfold.codec import Preset
 from kvfold.integrations.describe import UnsupportedError, decoder, text_config
 from kvfold.integrations.handles import SWITCH
-from kvfold.integrations.hooks import attention_configs, reads_codes
+from kvfold.integrations.hooks import attention_configs, place, reads_codes
 from kvfold.integrations.transformers import FoldedCache
 
 
@@ -139,11 +139,7 @@ class _Apply:
             use = base.config.use_cache and not base.training
         if not use or given.get("past_key_values") is not None:
             return None
-        cache = FoldedCache(self.model, **self.options)
-        kwargs = {**kwargs, "past_key_values": cache}
-        if cache._hooks is not None:  # registered during this very pass, which does not see it
-            cache._hooks.before(base, args, kwargs)
-        return args, kwargs
+        return args, {**kwargs, "past_key_values": FoldedCache(self.model, **self.options)}
 
 
 def apply(model: nn.Module, preset: str | Preset | CacheConfig = "turboquant4", **options: Any):
@@ -164,7 +160,9 @@ def apply(model: nn.Module, preset: str | Preset | CacheConfig = "turboquant4", 
         enable(model, preset, **options)
     FoldedCache(model, preset, **options)  # says now what does not fit
     hook = _Apply(model, {**options, "preset": preset})
-    hook.handle = decoder(model).register_forward_pre_hook(hook, with_kwargs=True)
+    place(decoder(model), hook)
+    # before the caches' own hooks, which it keeps in place: they see the cache that it makes
+    hook.handle = decoder(model).register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 
 def remove(model: nn.Module) -> None:

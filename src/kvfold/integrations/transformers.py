@@ -28,6 +28,7 @@ from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import CacheError, Step, Timeline, upload
 from kvfold.calibration.artefact import Artefact
 from kvfold.codec import Preset, Site, page_layout
+from kvfold.integrations import compiled
 from kvfold.integrations.artefacts import for_preset
 from kvfold.integrations.describe import (
     EncoderError,
@@ -67,6 +68,8 @@ class FoldedLayer(DynamicLayer):
     ) -> None:
         self._cache = weakref.ref(cache)
         self.info, self.preset = info, preset
+        self.index, self.found_by = info.index, cache.found_by
+        self.attention_config: Any = cache.attention_config
         #: which mask transformers makes for the layer depends on the first
         self.is_sliding, self.sliding_window = sliding_window is not None, sliding_window
         self.store: LayerStore | None = None
@@ -116,6 +119,8 @@ class FoldedLayer(DynamicLayer):
 
         Gives them back as they are in a batch's first pass, handles in later ones.
         """
+        if torch.compiler.is_compiling():
+            return compiled.traced(self, key_states, value_states)
         step = self.cache.step
         if step is None:
             raise CacheError(
@@ -160,13 +165,17 @@ class FoldedLayer(DynamicLayer):
         pass
 
     def get_seq_length(self) -> int:
-        """Slots held, padding included, as the stock cache counts."""
+        """Slots held, padding included, as the stock cache counts; a tensor in compiled passes."""
+        if torch.compiler.is_compiling():
+            return cast(int, compiled.slots(self.found_by))  # as the stock static cache does
         pending = self.cache.step
         added = pending.queries if pending is not None and self.step is pending else 0
         return self.cache.timeline.slots + added
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Key length and offset of the mask."""
+        if torch.compiler.is_compiling():
+            return compiled.mask_sizes(self)
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -355,6 +364,9 @@ class FoldedCache(DynamicCache):
         # without the modules: the cache does not keep the weights alive
         self._infos = {info.index: replace(info, module=cast(Any, None)) for info in infos}
         self._model = weakref.ref(model)
+        #: by which compiled passes find the cache
+        self.found_by = compiled.key_of(self)
+        self.attention_config: Any = decoder(model).config if infos else None
         limit = getattr(decoder(model).config, "max_position_embeddings", None) if infos else None
         self.timeline = Timeline(
             config.sinks,
