@@ -19,11 +19,13 @@ from kvfold.packing import SECTIONS
 FOLDER = Path(__file__).parent
 #: queries of a program: with two bytes each, the eight columns of a product.
 TILE = 4
-#: warps of a multiprocessor that registers leave room for: codes of one width, others
-WARPS = 16, 12
+#: warps of a multiprocessor: codes of one width, which are no faster with more, and others
+WARPS = 8, 12
 #: warps of a program: those that make most.
 WARPS_OF_PROGRAM = 4, 2, 1
 BLOCK = 128
+#: what a warp does whose values come where its keys have been, of one that has room for both
+OVER = 0.7
 #: exact tokens of an item of work, which takes half as long as a page of a head.
 EXACT_TOKENS = 16
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
@@ -218,7 +220,6 @@ class Shared:
         programs: programs of a multiprocessor.
         total: bytes of a program.
         warp: bytes of a warp.
-        values_at: where in a warp's part its values begin.
         sums_at: where its sums over columns begin.
     """
 
@@ -226,39 +227,44 @@ class Shared:
     programs: int
     total: int
     warp: int
-    values_at: int
     sums_at: int
 
 
 def shared(layer: Any, m: int, mean_n: int) -> Shared:
-    """How a multiprocessor's shared memory is cut: the most warps."""
+    """How a multiprocessor's shared memory is cut: the most warps with room for keys and values."""
     c = layer.constants
     q = query_bytes(layer, m)
     keys, values = (
-        max(sum(n * w * 16 for n, w in zip(head, SECTIONS, strict=True)) for head in side.counts)
+        [sum(n * w * 16 for n, w in zip(head, SECTIONS, strict=True)) for head in side.counts]
         for side in (layer.key.operand, layer.value.operand)
     )
     # a step and a zero point for each segment and channel, or a gain a token
     extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
     columns_at = 128 + extra + up(q, 128) * c["PAGED"] + BLOCK * mean_n * 2 * c["MEAN"]
     weights = BLOCK * c["V_GROUPS"] * (c["V_GAIN"] + 2 * c["V_OFFSET"])
-    # a section's last chunks are read whole: 32 columns of keys, 16 of values
-    values_whole = max(values + weights, values + (0 if layer.value.whole else 1024))
-    sums_at = up(columns_at + max(values_whole, keys + 1024), 128)
+    # values behind keys, or over them: of a section's last chunks what lies behind them is read too
+    apart = [up(k, 128) + up(v + weights, 128) for k, v in zip(keys, values, strict=True)]
+    least = max(up(max(k, v + weights), 128) for k, v in zip(keys, values, strict=True))
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
     gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes
-    warp = up(sums_at + max(layer.value.columns * TILE * 4 + ends + gains, exact), 128)
+    rest = columns_at + max(layer.value.columns * TILE * 4 + ends + gains, exact)
     widths = sum(chunks > 0 for side in (layer.key, layer.value) for chunks in side.chunks)
-    most = WARPS[widths > 2]
-    best = None
+    best, most = None, 0.0
     for warps in WARPS_OF_PROGRAM:
-        total = (0 if c["PAGED"] else up(q, 128)) + warps * warp
-        programs = min(most // warps, SHARED // (total + RESERVED))
-        if best is None or programs * warps > best.programs * best.warps:
-            best = Shared(warps, programs, total, warp, columns_at, sums_at)
-    assert best is not None
-    return best
+        fixed = RESERVED + (0 if c["PAGED"] else up(q, 128))
+        for programs in range(1, WARPS[widths > 2] // warps + 1):
+            warp = (SHARED // programs - fixed) // warps // 128 * 128
+            room = min(warp - up(rest, 128), max(apart))
+            if room < least:
+                continue
+            share = sum(n <= room for n in apart) / len(apart)
+            worth = programs * warps * (OVER + (1 - OVER) * share)
+            if worth > most:
+                sums_at, warp = columns_at + room, up(rest, 128) + room
+                total = fixed - RESERVED + warps * warp
+                best, most = Shared(warps, programs, total, warp, sums_at), worth
+    return best or Shared(0, 0, 0, 0, 0)
 
 
 def query_bytes(layer: Any, m: int) -> int:
@@ -348,7 +354,7 @@ def attend(
         kernel = compiled("attend", found, cut.total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]
-    sizes = exact_cost(layer), inverse(programs), cut.warp, cut.values_at, cut.sums_at
+    sizes = exact_cost(layer), inverse(programs), cut.warp, cut.sums_at
     kernel((programs, 1, 1), 32 * cut.warps, [*arguments, *sizes], cut.total)
 
 

@@ -2,11 +2,13 @@
 //
 // A program takes a run of pages, which may go on from one head or row to the next (`Cut`), for up to
 // 4 queries of the head's group; the warps take turns. Items of 16 exact tokens, a warp each, come
-// before, while the first pages are on their way. Bulk copies bring what a warp reads of a page into its
-// part of shared memory: keys, once the scores are done values to their place, then the next page's
-// keys. The loop over pages reads nothing else from global memory, which would wait behind them, and
-// so must not spill. Registers of packed words are the operands of products after one `and` a field: field f of a 16-bit lane is the
-// subnormal float16 number digit * 2^(position - 24). Products are float16 x float16 with float32 sums.
+// before, while the first pages are on their way. Bulk copies bring what a warp reads of a page into
+// its part of shared memory: keys, and values behind them; the next page's take the places of what has
+// been used, so that half a page's work lies between a copy and its use. The loop over pages reads
+// nothing else from global memory, which would wait behind the copies, and so must not spill.
+// Registers of packed words are the operands of products after one `and` a field: field f of a 16-bit
+// lane is the subnormal float16 number digit * 2^(position - 24). Products are float16 x float16 with
+// float32 sums.
 //
 //   scores   A = keys   [16 tokens x 32 columns],  B = queries [32 columns x 8]
 //   values   A = values [16 columns x 32 tokens],  B = weights [32 tokens x 8]
@@ -503,7 +505,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
     const State* raw_q, const State* keys, const State* values, const int* tokens,
     const int* query_tokens, int exact_tokens, int rows, int query_heads, int queries, int group, int tiles,
     double scale_, double cap_, float* sums, float* states, float* exact, float* exact_state,
-    int exact_splits, int exact_cost, int inverse, int warp_bytes, int values_at, int sums_at) {
+    int exact_splits, int exact_cost, int inverse, int warp_bytes, int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
     float scale = (float)scale_, cap = (float)cap_;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -530,7 +532,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
     u8* mine = shared + WARPS_AT + warp * warp_bytes;
     u32 key_barrier = shared_address(mine), value_barrier = key_barrier + 8;
     u8* columns_in = mine + COLUMNS_AT;
-    u8* values_in = mine + values_at;
     float* sums_in = (float*)(mine + sums_at);
     float* ends = (float*)(mine + sums_at + ENDS);  // [STATE][4] of this warp
     float* room = ends + STATE * 4;                 // [BLOCK] for `numbers`
@@ -604,6 +605,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         u32 stride = 0;
         u32 weights_at = v4 * 64 + v2 * 32 + v1 * 16;
         const int V_EXTRA = BLOCK * V_GAIN * V_GROUPS;
+        // values lie behind keys, or over them where a head has more than most: there they come later
+        const int behind = COLUMNS_AT + (k4 * 64 + k2 * 32 + k1 * 16 + 127) / 128 * 128;
+        const int last = (sums_at - (int)weights_at - V_EXTRA - (V_OFFSET ? BLOCK * 2 * V_GROUPS : 0)) / 128 * 128;
+        const bool apart = behind <= last;
+        const int values_at = apart ? behind : last;
         if (lane == 0) from = about[0] * 2, to = COLUMNS_AT, bytes = k4 * 64;
         if (lane == 1) from = about[1] * 2, to = COLUMNS_AT + k4 * 64, bytes = k2 * 32;
         if (lane == 2) from = about[2] * 2, to = COLUMNS_AT + k4 * 64 + k2 * 32, bytes = k1 * 16;
@@ -641,14 +647,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
             if (value_bytes) copy(to, address + from, value_bytes, value_barrier);
         };
         auto fetch_columns = [&](u64 address) {
-            if (lane < 3 && key_bytes) copy(to, address + from, key_bytes, key_barrier);
-        };
-        auto fetch_extras = [&](int page, u64 address) {  // before the columns
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
+            if (lane < 3 && key_bytes) copy(to, address + from, key_bytes, key_barrier);
+        };
+        auto fetch_extras = [&](int page, u64 address) {
             if (lane >= 3 && key_bytes)
                 copy(to, other ? other + (u64)page * stride : address + from, key_bytes, key_barrier);
         };
+        const u8* values_in = mine + values_at;
         float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
         auto find_terms = [&](const u8* queries) {
             float2 x = ((const float2*)(queries + KC * 128))[query];
@@ -670,6 +677,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
             if (key_bytes && !other) copy(to, next + from, key_bytes, key_barrier);
+            if (apart) fetch_values(next);
         }
         if (first) {
             // by the last warps first, as the first ones have a page more
@@ -695,7 +703,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
         for (; page < high; page += WARPS) {
-            u64 address = next;
+            const u64 address = next;
             if (page + WARPS < high) {
                 const int at = (page + WARPS) / WARPS & 31;
                 if (!at) hold(page + WARPS);
@@ -721,7 +729,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
                     if (SEGMENTS > 1) first_terms[k] = __shfl_sync(0xffffffffu, zeros[0], 4 * k + l.c);
             }
             __syncwarp();
-            fetch_values(address);
+            if (!apart) fetch_values(address);
+            else if (page + WARPS < high) fetch_columns(next);
             if (WHOLE_KEYS) find_terms(queries_in);
             float w[2][4][2];
             if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, room, l);
@@ -745,9 +754,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
                         top = fmaxf(top, x);
                     }
             __syncwarp();
-            if (page + WARPS < high) {
-                fetch_extras(page + WARPS, next);
-            }
+            if (page + WARPS < high) fetch_extras(page + WARPS, next);
             for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
             top = fmaxf(top, m);
             float alpha = exp2_(m - top), sum = 0.0f;
@@ -867,7 +874,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
             __syncwarp();
             if (lane == 0) ++walk->done;
             __syncwarp();
-            if (page + WARPS < high) fetch_columns(next);
+            if (page + WARPS < high) {
+                if (apart) fetch_values(next);
+                else fetch_columns(next);
+            }
         }
 
         // the warps of an item merge as splits do
