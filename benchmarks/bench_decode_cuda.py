@@ -20,6 +20,7 @@ import mixed_widths
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvfold
@@ -40,6 +41,15 @@ ROPE = Rope(tuple(5e5 ** (-i / 64) for i in range(64)))
 SHAPES = ((1, 32_768), (8, 32_768), (1, 131_072), (32, 8192), (1, 4096), (64, 4096))
 PRESETS = ("kivi4-g64", "kivi2-g64", "fisher2", "fisher2-post", "fisher4", "turboquant4", "int8")
 L2, CALLS = 120e6, 12
+#: others' kernels, and why they are no rows
+PEERS = (
+    "FlashInfer decode, bfloat16",
+    "FlashInfer decode, fp8",
+    "vLLM int4 decode",
+    "vLLM TurboQuant decode",
+    "xformers triton_splitk int4",
+)
+NOT_RUN = "no wheel of it on the measuring machine, which takes no packages"
 
 
 def timed(run: Callable[[Any], object], sets: Sequence[Any], repeats: int = 20) -> list[float]:
@@ -171,6 +181,14 @@ def uncompressed(rows: int, tokens: int) -> dict[str, list[float]]:
                     found[f"{backend.name.split('_')[0].lower()}, {way}"] = timed(run, states)
             except RuntimeError:  # the backend does not take this form
                 continue
+    try:
+        flex = torch.compile(flex_attention, dynamic=False)
+        off = flex(wide, *states[0], enable_gqa=True) - sdpa(wide, *states[0], enable_gqa=True)
+        if off.abs().max() < 1e-2:
+            run = lambda kv: flex(wide, kv[0], kv[1], enable_gqa=True)  # noqa: E731
+            found["FlexAttention, compiled"] = timed(run, states)
+    except RuntimeError as error:
+        print("FlexAttention:", str(error)[:200])
     return found
 
 
@@ -219,6 +237,7 @@ def main() -> None:
             nbytes = rows * tokens // BLOCK * store.layout.nbytes
             add(rows_out, name, how, rows, tokens, us, nbytes, rate, best)
             rows_out[-1] |= {"bits": store.layout.bits_per_element, "error": errors[name]}
+    rows_out += [{"what": name, "note": f"not run: {NOT_RUN}"} for name in PEERS]
     where = environment(DEVICE)
     columns = list(dict.fromkeys(key for row in rows_out for key in row))
     with args.out.open("w", newline="", encoding="utf-8") as file:
