@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kvfold.integrations import handles
 from kvfold.integrations.describe import UnsupportedError
 from kvfold.integrations.transformers import FoldedCache, FoldedWarning
 
+from .catalogue import folded
 from .conftest import tiny_llama
 
 PRESETS = [name for name, preset in kvfold.presets().items() if preset.keys.artefact != "required"]
@@ -327,3 +329,18 @@ def test_masks_must_cover_what_is_cached(llama, prompt):
             llama(prompt[:, :1], attention_mask=torch.ones(2, 5), past_key_values=cache)
         with pytest.raises(CacheError, match="cached tokens cannot be masked later"):
             llama(prompt[:, :1], attention_mask=torch.ones(2, 231), past_key_values=cache)
+
+
+def test_caches_of_a_model_share_what_their_codecs_bind(llama, prompt):
+    """Matrices are inverted once; another artefact or preset gets its own."""
+    first, second, other = (folded(llama, name) for name in ("fisher2", "fisher2", "kivi2-g64"))
+    shared = replace(first.config)
+    again = FoldedCache(llama, shared)
+    with torch.no_grad():
+        for cache in (first, again, second, other):
+            llama(prompt, past_key_values=cache)
+    kept = [cache.folded_layers[0].store.key for cache in (first, again, second, other)]
+    assert kept[0] is kept[1]
+    assert kept[2] is not kept[0]  # tables that were made up anew
+    assert kept[3] is not kept[2]
+    assert first.folded_layers[1].store.key is not kept[0]

@@ -133,11 +133,18 @@ class Artefact:
         """The readable artefacts of a model under `folder`, by name."""
         for path in sorted(Path(folder).glob("**/*.safetensors")):
             try:
-                artefact = cls.load(path)
+                state = path.stat()
+                artefact = _unchanged(path, state.st_mtime_ns, state.st_size)
             except CalibrationError:
                 continue  # another kind of file, or another kvfold's
             if artefact.header["model_hash"] == model_hash:
                 yield artefact
+
+
+@lru_cache(maxsize=4)
+def _unchanged(path: Path, mtime_ns: int, size: int) -> Artefact:
+    """A file's artefact, read once while the file stays the same: each new cache asks for it."""
+    return Artefact.load(path)
 
 
 @lru_cache

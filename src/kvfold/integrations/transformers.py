@@ -27,7 +27,7 @@ from kvfold.cache.numbers import Numbers
 from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import CacheError, Step, Timeline, upload
 from kvfold.calibration.artefact import Artefact
-from kvfold.codec import Preset, Site, page_layout
+from kvfold.codec import BoundCodec, Codec, Preset, Site, page_layout
 from kvfold.integrations import compiled
 from kvfold.integrations.artefacts import for_preset
 from kvfold.integrations.describe import (
@@ -52,6 +52,24 @@ RECORDED = Notices(strict=True)
 
 
 # --- layers ----------------------------------------------------------------------------------
+
+
+#: by model: of a layer's side and a device the codec that was bound last, and what it was bound to.
+#: A new cache of the same preset, one a request, takes it over: matrices are not inverted again.
+_BOUND: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]]" = weakref.WeakKeyDictionary()
+
+
+def _bound(model: nn.Module, codec: Codec, site: Site, artefact: Artefact | None) -> BoundCodec:
+    """A codec at a layer, shared by the caches of a model."""
+    held = _BOUND.setdefault(model, {})
+    at = site.layer, site.side, site.device
+    if at in held:
+        *before, used, bound = held[at]
+        if before == [codec, site] and used is artefact:
+            return bound
+    bound = codec.bind(site, artefact)
+    held[at] = codec, site, artefact, bound
+    return bound
 
 
 class FoldedLayer(DynamicLayer):
@@ -99,9 +117,10 @@ class FoldedLayer(DynamicLayer):
             info.rope,
         )
         value = replace(site, side="value", head_dim=info.value_dim)
+        model = self.cache.model
         return LayerStore(
-            self.preset.keys.bind(site, config.artefact),
-            self.preset.values.bind(value, config.artefact),
+            _bound(model, self.preset.keys, site, config.artefact),
+            _bound(model, self.preset.values, value, config.artefact),
             self.cache.timeline,
             self.sliding_window,
         )
