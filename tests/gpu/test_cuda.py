@@ -1,5 +1,7 @@
 """The same bytes and the same attention on a CUDA device."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -87,3 +89,24 @@ def test_generate_on_the_device():
     cache = kvfold.FoldedCache(model, "identity")
     assert torch.equal(model.generate(prompt, past_key_values=cache, **more), stock)
     assert cache.layers[0].store.pool.slabs[0].is_cuda
+
+
+def test_a_first_pass_is_folded_beside_it_and_waited_for():
+    """Its pages are those of a pass folded in line; what comes after them reads them whole."""
+    model = tiny_llama(num_hidden_layers=2).cuda()
+    ids = torch.randint(3, 90, (2, 1200), generator=torch.Generator().manual_seed(4)).cuda()
+    caches = [kvfold.FoldedCache(model, "kivi4-g64", strict=True) for _ in range(2)]
+    with torch.no_grad():
+        logits = []
+        for i, cache in enumerate(caches):
+            with pytest.MonkeyPatch.context() as patch:
+                if i:  # in line
+                    patch.setattr(LayerStore, "_beside", lambda *_: contextlib.nullcontext())
+                model(ids, past_key_values=cache)
+            logits.append(model(ids[:, :1], past_key_values=cache).logits)
+    stores = [[layer.store for layer in cache.folded_layers] for cache in caches]
+    for beside, inline in zip(*stores, strict=True):
+        assert beside.folding is None  # waited for
+        pages = range(2 * 8)
+        assert torch.equal(beside.pool.gather(pages), inline.pool.gather(pages))
+    assert torch.equal(*logits)

@@ -5,9 +5,12 @@ k in slot `(k - sinks) % size`), and when a block leaves the window it is coded 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +101,12 @@ class Watch:
             check_states(top, what)
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which first passes are folded."""
+    return torch.cuda.Stream(device)
+
+
 @dataclass(frozen=True)
 class View:
     """What the queries of one step see of a layer: exact states, then pages.
@@ -157,6 +166,8 @@ class LayerStore:
         self.ring_len = timeline.window + timeline.block
         self.is_allocated = False
         self.watch = Watch()
+        #: when what is folded on another stream will be there
+        self.folding: Any = None
         self.mass = None
 
     @property
@@ -190,6 +201,7 @@ class LayerStore:
         batch sees nothing but its own states (None).
         """
         self._check(keys, values, step)
+        self.settle()
         if not self.is_allocated:
             self._allocate(keys, values, step)
         self.pool.reserve(step.num_pages)
@@ -202,13 +214,38 @@ class LayerStore:
         view = None
         if not step.is_first:
             view = self._view(step, step.folded_before, step.start, (keys, values))
-        self._fold(keys, values, step)
+        with self._beside(keys, values, step):
+            self._fold(keys, values, step)
         self._write_exact(keys, values, step, step.folded)
         self._let_go(step)
         return view
 
+    @contextmanager
+    def _beside(self, keys: Tensor, values: Tensor, step: Step) -> Iterator[None]:
+        """Fold a batch's first pass on a stream of its own: nothing in that pass reads pages.
+
+        The stream waits for all that came before, so it takes no memory that is still read.
+        """
+        if not (step.is_first and keys.is_cuda):
+            yield
+            return
+        stream = _side_stream(keys.device)
+        stream.wait_stream(torch.cuda.current_stream(keys.device))
+        with torch.cuda.stream(stream):
+            yield
+        for states in (keys, values):
+            states.record_stream(stream)
+        self.folding = stream.record_event()
+
+    def settle(self) -> None:
+        """Let the current stream wait for what is folded beside it."""
+        if self.folding is not None:
+            torch.cuda.current_stream(self.ring_keys.device).wait_event(self.folding)
+            self.folding = None
+
     def fold_due(self, step: Step) -> None:
         """Fold a step's due blocks before its token is written, where passes are replayed."""
+        self.settle()
         self.pool.reserve(step.num_pages)
         self._fold(None, None, step)
 
@@ -286,7 +323,7 @@ class LayerStore:
 
     def _write_exact(self, keys: Tensor, values: Tensor, step: Step, folded: Sequence[int]) -> None:
         """Put the step's tokens that stay exact into the sinks and the ring."""
-        sinks, block = self.timeline.sinks, self.timeline.block
+        sinks = self.timeline.sinks
         if step.reads_folded_now and step.source is None:
             slots = [k if k < sinks else sinks + (k - sinks) % self.ring_len for k in step.start]
             if len(set(slots)) == 1:  # decoding with rows of one length: one slot for all
@@ -301,21 +338,27 @@ class LayerStore:
             self.exact_keys[row, :, at] = keys[:, :, 0]
             self.exact_values[row, :, at] = values[:, :, 0]
             return
+        kept = step.memo(
+            ("kept", keys.device, tuple(folded)), lambda: self._kept(step, folded, keys.device)
+        )
+        for r, slots, to in kept:
+            self.exact_keys[r, :, to] = keys[r, :, slots]
+            self.exact_values[r, :, to] = values[r, :, slots]
+
+    def _kept(
+        self, step: Step, folded: Sequence[int], device: torch.device
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """Of each row the pass's slots that stay exact, and where they go among the exact ones."""
+        sinks, found = self.timeline.sinks, []
         for r in range(step.rows):
-            first_hot = sinks + block * folded[r]
-            tokens = range(step.start[r], step.start[r] + step.count[r])
-            for wanted, base, size in (
-                (range(sinks), 0, max(sinks, 1)),
-                (range(first_hot, tokens.stop), sinks, self.ring_len),
-            ):
-                low, high = max(wanted.start, tokens.start), min(wanted.stop, tokens.stop)
-                if low >= high:
-                    continue
-                at = torch.arange(low, high)
-                slots = self._slots(step, r, at - step.start[r]).to(keys.device)
-                to = (base + (at - base) % size).to(keys.device)
-                self.exact_keys[r, :, to] = keys[r, :, slots]
-                self.exact_values[r, :, to] = values[r, :, slots]
+            new = torch.arange(step.start[r], step.start[r] + step.count[r])
+            first_hot = sinks + self.timeline.block * folded[r]
+            new = new[(new < sinks) | (new >= first_hot)]
+            to = torch.where(new < sinks, new, sinks + (new - sinks) % self.ring_len)
+            if len(new):
+                slots = self._slots(step, r, new - step.start[r])
+                found.append((r, upload(slots, device), upload(to, device)))
+        return found
 
     def _slots(self, step: Step, row: int, nth: Tensor) -> Tensor:
         """Slots within the pass of a row's nth new tokens."""
@@ -450,6 +493,7 @@ class LayerStore:
 
     def view_now(self) -> View:
         """All that the layer holds, for no query; a copy."""
+        self.settle()
         step = self.timeline.now()
         view = self._view(step, step.folded, step.start)
         return replace(view, keys=view.keys.clone(), values=view.values.clone())

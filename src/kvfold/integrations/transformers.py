@@ -681,10 +681,12 @@ class FoldedCache(DynamicCache):
             self._lock.release()
 
     def end_step(self) -> None:
-        """Let go of the pass under way."""
+        """Let go of the pass under way; what it folds on a stream of its own is waited for."""
         self.step = None
         for layer in self.folded_layers:
             layer.step = None
+            if layer.store is not None:
+                layer.store.settle()
 
     @property
     def model(self) -> nn.Module:
