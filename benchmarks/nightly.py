@@ -36,6 +36,7 @@ SUITES = (
     "test_around_a_pass",
     "test_interception",
     "test_routes",
+    "test_compiled",
     "test_states",
     "test_unsupported",
     "test_describe",
