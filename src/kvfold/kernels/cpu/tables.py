@@ -32,7 +32,7 @@ NUMBERS = """
     kind columns gain_at gain_size gain_next centred sections section
     matrix gain offset mean order turns pairs
     scale_at zero_at segments limbs limb_scale turn frequency
-    term table_at table cos_at sin_at states_at states_type
+    term table_at table plain brief cos_at sin_at states_at states_type
 """
 
 
@@ -300,13 +300,16 @@ def _tabled_side(bound: BoundCodec, tabled: Tabled, start: int) -> _Side:
         "columns": columns,
         "groups": groups,
         "sections": len(counts[0]),
+        "plain": int(not polar and _is_plain(terms, tabled.start)),
+        "brief": int(max(b for _, plan in tabled.plans for head in plan.bits for b in head) <= 4),
         "cos_at": max(tabled.cos_at, 0),
         "sin_at": max(tabled.sin_at, 0),
     }
     side.point("section", torch.tensor(section), torch.int32)
     side.point("term", terms, torch.int32)
     side.point("table_at", tabled.start, torch.int32)
-    side.point("table", tabled.table)
+    # whole registers of a table are read
+    side.point("table", torch.nn.functional.pad(tabled.table, (0, 16)))
     side.point("matrix", matrix)
     side.point("gain", gain)
     _parameters(side, bound, start, tabled.gains[0] if tabled.gains else None, None)
@@ -317,6 +320,15 @@ def _tabled_side(bound: BoundCodec, tabled: Tabled, start: int) -> _Side:
             raise NotLoweredError(f"{bound!r}: fields of gains that lie unevenly")
         side.numbers["gain_next"] = steps.pop()
     return side
+
+
+def _is_plain(terms: Tensor, start: Tensor | None) -> bool:
+    """Whether column c of every head is its digit c, by one table a head."""
+    assert start is not None
+    wanted = torch.full_like(terms, -1)
+    wanted[:, :, 0, 0] = torch.arange(terms.shape[1])
+    wanted[:, :, 0, 1] = 0
+    return bool((terms == wanted).all() and (start == start[:, :1]).all() and (start >= 0).all())
 
 
 # --- parts -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 // the group share what a task unpacks. Tasks leave sums in the space of codes; the last one of a
 // head merges them, applies the inverse transform of the values once a query, and writes. Runs of
 // pages do not depend on threads or on other rows, so neither do results.
-#include "decode.h"
+#include "codes.h"
 
 namespace kvfold {
 namespace KVFOLD_NAMESPACE {
@@ -472,11 +472,23 @@ void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* 
     for (int m = 0; m < M; ++m)
       for (int t = 0; t < B; ++t) scores[m * stride + t] *= r.gains[t];
   } else {
-    unpack_head(key, page, head, true, r.digits, r.column);
+    const Section* section = whole_section(key, head, true);
+    if (!section) unpack_head(key, page, head, true, r.digits, r.column);
     const int run = s.C / s.G;
     for (int g = 0; g < s.G; ++g) {
-      zero(r.part, int64_t(M) * B);
-      for (int c = 0; c < run; c += 16) {
+#if KVFOLD_BITS >= 256
+      if (section) {
+        const uint8_t* from = page + section->at;
+        const Codebook book =
+            codebook(key.table + key.table_at[int64_t(head) * s.C], section->width);
+        const float* x = q.code + g * run;
+        if (section->width == 4) code_scores<4>(from, B, g * run, run, book, M, x, s.C, r.part);
+        if (section->width == 2) code_scores<2>(from, B, g * run, run, book, M, x, s.C, r.part);
+        if (section->width == 1) code_scores<1>(from, B, g * run, run, book, M, x, s.C, r.part);
+      }
+#endif
+      if (!section) zero(r.part, int64_t(M) * B);
+      for (int c = 0; c < run && !section; c += 16) {
         const int some = lower(16, run - c);
         for (int i = 0; i < some; ++i)
           decode_column(key, head, g * run + c + i, r.digits, r.tile + int64_t(i) * B);
@@ -578,7 +590,9 @@ void page_values(const Work& w, const Room& r, const uint8_t* const* page, int p
   if (value.offset_at >= 0)
     for (int p = 0; p < pages; ++p) read_offsets(value, page[p], head, r.offsets + p * G * B);
   const int run = value.columns / G;
-  if (value.kind == kCodes || value.kind == kPolar)
+  const bool coded = value.kind == kCodes || value.kind == kPolar;
+  const Section* section = coded ? whole_section(value, head, false) : nullptr;
+  if (coded && !section)
     for (int p = 0; p < pages; ++p)
       unpack_head(value, page[p], head, false, r.digits + int64_t(p) * widest(value) * B, r.column);
   for (int g = 0; g < G; ++g) {
@@ -606,6 +620,21 @@ void page_values(const Work& w, const Room& r, const uint8_t* const* page, int p
               value.states_type, B * s.V, r.tile);
         add_product(M, B, s.V, r.weights + p * B, stride, r.tile, s.V, t.columns, w.width);
       }
+#if KVFOLD_BITS >= 256
+    } else if (section) {
+      const Codebook book =
+          codebook(value.table + value.table_at[int64_t(head) * value.columns], section->width);
+      const uint8_t* from[kBatch];
+      for (int p = 0; p < pages; ++p)
+        from[p] = page[p] + section->at + int64_t(g) * run * (B * section->width / 8);
+      float* to = t.columns + g * run;
+      if (section->width == 4)
+        code_values<4>(from, pages, B, run, book, M, r.weights, stride, to, w.width);
+      if (section->width == 2)
+        code_values<2>(from, pages, B, run, book, M, r.weights, stride, to, w.width);
+      if (section->width == 1)
+        code_values<1>(from, pages, B, run, book, M, r.weights, stride, to, w.width);
+#endif
     } else {
       for (int c = g * run; c < (g + 1) * run; ++c) {
         for (int p = 0; p < pages; ++p)

@@ -18,35 +18,62 @@ static void unpack_head(const Side& side, const uint8_t* page, int head, bool ke
   }
 }
 
-INLINE int code_at(const int32_t* term, const uint8_t* digits, int block, int t) {
-  int code = 0;
-  for (int i = 0; i < 3; ++i)
-    if (term[2 * i] >= 0) code += digits[int64_t(term[2 * i]) * block + t] << term[2 * i + 1];
-  return code;
+constexpr int kPart = 64;  // tokens that are worked on together
+
+// Codes of `n` tokens from their digits: where there is one digit, the digits themselves.
+INLINE const uint8_t* codes_of(const int32_t* term, const uint8_t* digits, int block, int n,
+                               uint8_t* room) {
+  const uint8_t* first = digits + int64_t(term[0]) * block;
+  if (term[2] < 0) return first;
+  for (int t = 0; t < n; ++t) room[t] = static_cast<uint8_t>(first[t] << term[1]);
+  for (int i = 1; i < 3 && term[2 * i] >= 0; ++i) {
+    const uint8_t* digit = digits + int64_t(term[2 * i]) * block;
+    for (int t = 0; t < n; ++t) room[t] |= static_cast<uint8_t>(digit[t] << term[2 * i + 1]);
+  }
+  return room;
+}
+
+// out[t] = table[code[t]]; `brief`: codes are below 16, as many as the table can be read for.
+INLINE void look_up(const float* table, const uint8_t* code, int n, bool brief, float* out) {
+  int t = 0;
+#if KVFOLD_BITS == 512
+  const __m512 all_of_it = _mm512_loadu_ps(table);
+  for (; brief && t + 16 <= n; t += 16) {
+    const __m512i at =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + t)));
+    _mm512_storeu_ps(out + t, _mm512_permutexvar_ps(at, all_of_it));
+  }
+#elif KVFOLD_BITS == 256
+  const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+  for (; brief && t + 8 <= n; t += 8) {
+    const __m256i at =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + t)));
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // bit 3 as the sign
+    _mm256_storeu_ps(out + t, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at),
+                                               _mm256_permutevar8x32_ps(high, at), upper));
+  }
+#endif
+  for (; t < n; ++t) out[t] = table[code[t]];
 }
 
 // Column `c` of a head's page, [block] floats, from its digits. A polar column also needs the
 // terms of its angle, which stand behind those of the radius.
 static void decode_column(const Side& side, int head, int c, const uint8_t* digits, float* out) {
   const int block = side.block;
-  if (side.kind == kPolar) {
-    const int32_t* radius = side.term + (int64_t(head) * side.columns + c / 2 * 2) * 6;
-    const int32_t* angle = radius + 6;
-    const float* unit = side.table + (c % 2 ? side.sin_at : side.cos_at);
-    for (int t = 0; t < block; ++t)
-      out[t] = side.table[code_at(radius, digits, block, t)] *
-               unit[code_at(angle, digits, block, t)];
-    return;
-  }
-  const int at = side.table_at[head * side.columns + c];
+  const bool polar = side.kind == kPolar;
+  const int at = polar ? 0 : side.table_at[head * side.columns + c];
   if (at < 0) return zero(out, block);
-  const int32_t* term = side.term + (int64_t(head) * side.columns + c) * 6;
-  const float* table = side.table + at;
-  if (term[2] < 0) {  // one digit, the usual case
-    const uint8_t* code = digits + int64_t(term[0]) * block;
-    for (int t = 0; t < block; ++t) out[t] = table[code[t]];
-  } else {
-    for (int t = 0; t < block; ++t) out[t] = table[code_at(term, digits, block, t)];
+  const int32_t* term = side.term + (int64_t(head) * side.columns + (polar ? c / 2 * 2 : c)) * 6;
+  for (int t = 0; t < block; t += kPart) {
+    const int n = block - t < kPart ? block - t : kPart;
+    uint8_t room[kPart];
+    look_up(side.table + at, codes_of(term, digits + t, block, n, room), n, side.brief, out + t);
+    if (polar) {
+      float by[kPart];
+      look_up(side.table + (c % 2 ? side.sin_at : side.cos_at),
+              codes_of(term + 6, digits + t, block, n, room), n, side.brief, by);
+      for (int i = 0; i < n; ++i) out[t + i] *= by[i];
+    }
   }
 }
 

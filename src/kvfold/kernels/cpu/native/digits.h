@@ -321,8 +321,11 @@ static void unpack(const uint8_t* bytes, int width, int count, int block, bool k
     }
     for (int k = 0; k < 16 / width; ++k) {
       uint8_t* to = out + int64_t(c) * block + token_of(k, block, words);
-      for (int u = 0; u < words; ++u)
-        to[u] = static_cast<uint8_t>((column[u] >> (width * k)) & mask);
+      const uint16_t shift = static_cast<uint16_t>(width * k);
+      int u = 0;
+      for (; u + 8 <= words; u += 8)
+        store(to + u, __builtin_convertvector((load<H8>(column + u) >> shift) & mask, U8));
+      for (; u < words; ++u) to[u] = static_cast<uint8_t>((column[u] >> shift) & mask);
     }
   }
 }

@@ -59,6 +59,8 @@ struct Side {
   const int32_t* term;             // [heads][columns][3][2] column and shift of the digits; -1
   const int32_t* table_at;         // [heads][columns] where a column's codebook starts; -1: zeros
   const float* table;
+  int32_t plain;                   // codes of one digit each, in order, one codebook a head
+  int32_t brief;                   // no codebook has more than 16 entries
   int32_t cos_at, sin_at;          // polar: the angles' tables
   // states
   int32_t states_at, states_type;

@@ -24,6 +24,8 @@ typedef uint32_t W32 __attribute__((vector_size(kBytes)));
 typedef uint16_t H __attribute__((vector_size(kBytes)));
 typedef uint8_t U __attribute__((vector_size(kBytes)));
 typedef float F4 __attribute__((vector_size(16)));
+typedef uint16_t H8 __attribute__((vector_size(16)));
+typedef uint8_t U8 __attribute__((vector_size(8)));
 
 #define INLINE static inline __attribute__((always_inline))
 
