@@ -181,7 +181,7 @@ def quantise_kernel(
             matrix_ptr + (head * D + k[:, None]) * D + n[None, :],
             mask=(k < D)[:, None] & in_n[None, :], other=0.0,
         )  # fmt: skip
-        y = tl.dot(x, matrix, y, input_precision="ieee")
+        y = tl.dot(x, matrix, y, input_precision="tf32x3")
     tables_ptr += head * D + n
     step = tl.load(tables_ptr, mask=in_n, other=0.0)
     offset = tl.load(tables_ptr + HEADS * D, mask=in_n, other=0.0)
@@ -189,6 +189,8 @@ def quantise_kernel(
     share = tl.load(tables_ptr + 3 * HEADS * D, mask=in_n, other=0.0)
     cost = tl.load(tables_ptr + 4 * HEADS * D, mask=in_n, other=0.0)
     divisor = tl.where(step > 0.0, step, 1.0)
+    inverse = 1.0 / divisor
+    moved = offset * inverse
 
     rms = tl.sqrt(tl.sum(y * y * share[None, :], 1))
     level = 16.0 * tl.log2(tl.maximum(rms, 1e-30)) + 128.0
@@ -200,10 +202,10 @@ def quantise_kernel(
         move = (i + 1) // 2 if i % 2 == 0 else -((i + 1) // 2)
         tried = tl.where(start > 0, tl.minimum(tl.maximum(start + move, 1), 255), 0)
         gain = tl.load(gains_ptr + tried)
-        z = y / tl.where(gain > 0.0, gain, 1.0)[:, None]
-        code = (z - offset[None, :]) / divisor[None, :]
-        code = nearest(tl.minimum(tl.maximum(code, -1.0), 256.0))
-        code = tl.minimum(tl.maximum(code, 0.0), top[None, :])
+        # no divisions: a code that rounds the other way at a half has the same error
+        z = y * (1.0 / tl.where(gain > 0.0, gain, 1.0))[:, None]
+        code = z * inverse[None, :] - moved[None, :]
+        code = nearest(tl.minimum(tl.maximum(code, 0.0), top[None, :]))
         error = y - (code * step[None, :] + offset[None, :]) * gain[:, None]
         total = tl.sum(error * error * cost[None, :], 1)
         best = tl.where(total < least, tried, best)
