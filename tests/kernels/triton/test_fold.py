@@ -10,6 +10,7 @@ import torch
 import kvfold
 from kvfold.codec import Site
 from kvfold.codecs.fisher import Fisher
+from kvfold.codecs.kivi import Kivi
 from kvfold.packing import DigitPlan
 from kvfold.transforms.rope import Rope
 
@@ -76,6 +77,22 @@ def test_bytes_are_the_references_but_for_ties(side, knobs):
     assert share < 0.001, share
 
 
+@pytest.mark.parametrize("axis", ["token", "channel"])
+@pytest.mark.parametrize(("bits", "group", "dim"), [(4, 32, 64), (2, 16, 80), (3, 64, 128)])
+def test_groups_are_the_references(axis, bits, group, dim):
+    if axis == "channel" and dim % group:
+        pytest.skip(f"groups of {group} do not divide {dim} channels")
+    side = "key" if axis == "token" else "value"
+    made = Kivi(bits, group, axis).bind(Site(side, 3, dim, 64))
+    assert fold.serves(made)
+    x = torch.randn(2, 64, 3, dim, generator=torch.Generator().manual_seed(5)).transpose(1, 2)
+    x[0, 0], x[1, 1], x[1, 2, :, 3] = 0.25, x[1, 1] * 1e-7, 1e5  # constant, tiny, beyond float16
+    positions = torch.arange(64).expand(2, -1)
+    assert torch.equal(
+        fold.encoded(made, x, positions), made.layout.join(made.encode(x, positions))
+    )
+
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -100,6 +117,11 @@ for turn, mean, run in ((True, False, 128), (False, True, 1), (False, False, 1))
 types = {"codes_ptr": "*u8", "columns_ptr": "*i32", "widths_ptr": "*i32", "out_ptr": "*i16"}
 constants = dict(HEADS=8, B=128, D=128, U=32, CHUNK=16)
 built(fold.pack_kernel, types | {"out_words": "i32"}, constants, 4)
+types = {"x_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*fp16", "zero_ptr": "*fp16"}
+types |= {"x_block": "i32", "x_head": "i32", "x_token": "i32"}
+for along, tokens, channels in ((0, 64, 32), (1, 32, 64)):
+    constants = dict(HEADS=8, B=128, D=128, T=tokens, N=channels, ALONG=along, TOP=15.0)
+    built(fold.group_kernel, types, constants, 4)
 print("built")
 """
 

@@ -1,9 +1,10 @@
-"""Folding on CUDA devices: affine codes in one pass over the states, digits packed in one launch.
+"""Folding on CUDA devices: codes in one pass over the states, digits packed in one launch.
 
-In torch a block of `fisher` is read and written about 150 times while its gains are searched, and
-mixed widths are packed head by head. Here `quantise_kernel` reads the states once and writes a byte
-a code and a byte a gain, and `pack_kernel` turns the codes of all heads and widths into words.
-Both give the bytes of the reference but where another order of a sum moves a tie.
+In torch a block of `fisher` is read and written about 150 times while its gains are searched, one
+of `kivi` 20 times, and mixed widths are packed head by head. Here `quantise_kernel` (`fisher`) and
+`group_kernel` (`kivi`) read the states once and write a byte a code and what a token or a group has
+besides, and `pack_kernel` turns the codes of all heads and widths into words. They give the bytes
+of the reference but where another order of a sum moves a tie.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kvfold.codec import BoundCodec
 from kvfold.codecs.fisher import BoundFisher, BoundFisherKeys
+from kvfold.codecs.kivi import BoundKivi
 from kvfold.packing import CHUNK, SECTIONS, DigitPlan
 
 #: tokens of a program of `quantise_kernel`.
@@ -220,6 +222,46 @@ def quantise_kernel(
     tl.store(bytes_ptr + place.to(tl.int64) * B + t, best.to(tl.uint8))
 
 
+@triton.jit
+def group_kernel(
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, x_block, x_head, x_token,
+    HEADS: tl.constexpr, B: tl.constexpr, D: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
+    ALONG: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """`uniform.asymmetric` of T tokens by N channels, each row or column of them a group.
+
+    ALONG 0: groups are columns (T tokens of a channel), 1: rows (N channels of a token). Grid
+    `(blocks * HEADS, B / T, D / N)`, where columns have N as a power of two that may exceed D.
+    """
+    place = tl.program_id(0)
+    t = tl.program_id(1) * T + tl.arange(0, T)
+    n = tl.program_id(2) * N + tl.arange(0, N)
+    inside = (n < D)[None, :]
+    x_ptr += (place // HEADS).to(tl.int64) * x_block + place % HEADS * x_head
+    x = tl.load(x_ptr + t[:, None] * x_token + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    low, high = tl.min(x, ALONG), tl.max(x, ALONG)
+    zero = tl.minimum(tl.maximum(low, -65504.0), 65504.0).to(tl.float16)
+    scale = tl.div_rn(high - low, tl.zeros_like(low) + TOP)
+    scale = tl.minimum(tl.maximum(scale, -65504.0), 65504.0).to(tl.float16)
+    step, base = scale.to(tl.float32), zero.to(tl.float32)
+    step, base = tl.expand_dims(step, ALONG), tl.expand_dims(base, ALONG)
+    code = tl.div_rn(x - base, tl.broadcast_to(tl.where(step > 0.0, step, 1.0), [T, N]))
+    code = nearest(tl.minimum(tl.maximum(code, -1.0), 256.0))
+    code = tl.where(step > 0.0, tl.minimum(tl.maximum(code, 0.0), TOP), 0.0)
+    at = place.to(tl.int64) * (B * D)
+    tl.store(
+        codes_ptr + at + t[:, None] * D + n[None, :], code.to(tl.int32).to(tl.uint8), mask=inside
+    )
+    if ALONG == 0:
+        to = place.to(tl.int64) * (B // T * D) + tl.program_id(1) * D + n
+        tl.store(scale_ptr + to, scale, mask=n < D)
+        tl.store(zero_ptr + to, zero, mask=n < D)
+    else:
+        to = place.to(tl.int64) * (B * (D // N)) + t * (D // N) + tl.program_id(2)
+        tl.store(scale_ptr + to, scale)
+        tl.store(zero_ptr + to, zero)
+
+
 @dataclass(frozen=True)
 class Tables:
     """What `quantise_kernel` reads of a layer's codec besides its matrix.
@@ -285,10 +327,13 @@ _TABLES: "WeakKeyDictionary[BoundFisher, Tables]" = WeakKeyDictionary()
 
 def serves(bound: BoundCodec) -> bool:
     """Whether `encoded` gives this codec's bytes."""
+    if isinstance(bound, BoundKivi):
+        size = bound.codec.group_size
+        return size & (size - 1) == 0 and bound.site.block_len % TOKENS == 0
     return isinstance(bound, BoundFisher) and bound.site.block_len % TOKENS == 0
 
 
-def encoded(bound: BoundFisher, x: Tensor, positions: Tensor) -> Tensor:
+def encoded(bound: BoundCodec, x: Tensor, positions: Tensor) -> Tensor:
     """Bytes `[blocks, nbytes]` of states `[blocks, heads, block_len, dim]`, as `encode` gives them.
 
     Args:
@@ -296,6 +341,9 @@ def encoded(bound: BoundFisher, x: Tensor, positions: Tensor) -> Tensor:
         x: states on the device, channels side by side.
         positions: `[blocks, block_len]`.
     """
+    if isinstance(bound, BoundKivi):
+        return _grouped(bound, x)
+    assert isinstance(bound, BoundFisher)
     if bound not in _TABLES:
         _TABLES[bound] = Tables.of(bound)
     tables = _TABLES[bound]
@@ -312,3 +360,24 @@ def encoded(bound: BoundFisher, x: Tensor, positions: Tensor) -> Tensor:
         SEARCH=bound.codec.search, num_warps=4,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return bound.layout.join({**pack(bound.plan, codes), "gain": gain})
+
+
+def _grouped(bound: BoundKivi, x: Tensor) -> Tensor:
+    """`encoded` of groups along tokens or channels."""
+    blocks, heads, block_len, dim = x.shape
+    size, along = bound.codec.group_size, 0 if bound.along_tokens else 1
+    x = x if x.stride(3) == 1 else x.contiguous()
+    tokens, channels = (TOKENS, size) if along else (size, min(32, triton.next_power_of_2(dim)))
+    fields = {f.name: f.shape for f in bound.layout.fields}
+    codes = torch.empty(blocks, heads, block_len, dim, dtype=torch.uint8, device=x.device)
+    scale, zero = (
+        torch.empty(blocks, *fields[name], dtype=torch.float16, device=x.device)
+        for name in ("scale", "zero")
+    )
+    if blocks:
+        group_kernel[(blocks * heads, block_len // tokens, triton.cdiv(dim, channels))](
+            x, codes, scale, zero, x.stride(0), x.stride(1), x.stride(2),
+            HEADS=heads, B=block_len, D=dim, T=tokens, N=channels, ALONG=along,
+            TOP=2.0**bound.codec.bits - 1, num_warps=4,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+    return bound.layout.join({**pack(bound.plan, codes), "scale": scale, "zero": zero})
