@@ -165,7 +165,9 @@ def csv_rows(name: str) -> list[dict]:
 
 def decode_cuda() -> str:
     """Decode attention against the best bfloat16 kernel of the run."""
-    rows = csv_rows("decode_cuda.csv")
+    found = csv_rows("decode_cuda.csv")
+    rows = [r for r in found if r["rows"]]
+    missing = [r["what"] for r in found if not r["rows"]]
     shapes = list(dict.fromkeys((r["rows"], r["tokens"]) for r in rows))
     best = {
         shape: min(
@@ -178,8 +180,9 @@ def decode_cuda() -> str:
     head = [f"{n} × {int(t) // 1024}k" for n, t in shapes]
     out = [
         f"One layer, 32 query and 8 KV heads of 128, bfloat16, {rows[0]['device']}, µs of the "
-        "whole attention and times faster than the best bfloat16 kernel (flash, cuDNN) of the "
-        f"same run; a copy reads and writes {float(rows[0]['copy_tb_per_s']):.2f} TB/s there; "
+        "whole attention and times faster than the best bfloat16 kernel (flash, cuDNN, "
+        "FlexAttention) of the same run; a copy reads and writes "
+        f"{float(rows[0]['copy_tb_per_s']):.2f} TB/s there; "
         f"commit `{rows[0]['commit']}`.",
         "",
         "| | bits | " + " | ".join(head) + " |",
@@ -191,6 +194,8 @@ def decode_cuda() -> str:
         bits = next(float(r["bits"]) for r in mine.values() if r["bits"])
         cells = [f"{float(mine[s]['us']):.1f} ({float(mine[s]['speedup']):.2f}×)" for s in shapes]
         out.append(f"| `{name}` | {bits:.2f} | " + " | ".join(cells) + " |")
+    if missing:
+        out += ["", f"Not run, for want of packages on that machine: {', '.join(missing)}."]
     return "\n".join(out)
 
 
@@ -207,13 +212,33 @@ def model_cuda() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        if r["what"] not in (*names, "packed"):
+            continue
         name = names.get(r["what"]) or f"`{r['preset']}`"
-        out.append(
+        where = (
             f"| {name} | {r['rows']} × {int(r['tokens']) // 1024}k | "
-            f"{'yes' if r['graphs'] == 'True' else 'no'} | {float(r['median_ms']):.1f} | "
-            f"{float(r['tokens_per_s']):.0f} | {float(r['cache_bytes']) / 1e9:.2f} GB | "
-            f"{float(r['peak_bytes']) / 1e9:.1f} GB |"
+            f"{'yes' if r['graphs'] == 'True' else 'no'} | "
         )
+        if r["error"]:
+            why = "out of memory" if "OutOfMemory" in r["error"] else r["error"]
+            out.append(f"{where}{why} | | | |")
+            continue
+        out.append(
+            f"{where}{float(r['median_ms']):.1f} | {float(r['tokens_per_s']):.0f} | "
+            f"{float(r['cache_bytes']) / 1e9:.2f} GB | {float(r['peak_bytes']) / 1e9:.1f} GB |"
+        )
+    filled = [r for r in rows if r["what"] == "prefill" and not r["error"]]
+    shown = ", ".join(
+        f"`{r['preset']}` {float(r['median_ms']):.0f} ms ({float(r['fold_share']):.1%} folding)"
+        for r in filled
+    )
+    if filled:
+        base = float(filled[0]["stock_ms"])
+        out += [
+            "",
+            f"A prefill of {int(filled[0]['tokens']):,} tokens takes {base:.0f} ms with the stock "
+            f"cache, and with {shown}.",
+        ]
     return "\n".join(out)
 
 
