@@ -239,18 +239,26 @@ class BoundFisher(BoundCodec):
         return (codes * self.step + self.offset) * gain
 
     def _cheapest(self, y: Tensor, byte: Tensor) -> Tensor:
-        """Of the bytes around `byte`, the one whose codes cost least; 0 stays 0."""
+        """Of the bytes around `byte`, the one whose codes cost least; 0 stays 0.
+
+        Products in place: a code that rounds the other way at a half has the same error.
+        """
+        inverse = 1.0 / torch.where(self.step > 0, self.step, 1.0)
+        moved, cost, error = self.offset * inverse, self.cost.mT, torch.empty_like(y)
         best, least = byte, None
         for move in sorted(range(-self.codec.search, self.codec.search + 1), key=abs):
             tried = torch.where(byte > 0, (byte + move).clamp(1, 255), 0)
-            points = self._codes(y, tried) * self.step + self.offset
-            error = y - points * self.gains[tried.int()][..., None]
-            cost = (error.square() * self.cost).sum(-1)
+            gain = self.gains[tried.int()][..., None]
+            torch.mul(y, 1.0 / torch.where(gain > 0, gain, 1.0), out=error)
+            error.mul_(inverse).sub_(moved).round_().clamp_min_(0.0)
+            torch.minimum(error, self.top, out=error)
+            error.mul_(self.step).add_(self.offset).mul_(gain).sub_(y)
+            total = (error.square_() @ cost)[..., 0]
             if least is None:
-                best, least = tried, cost
+                best, least = tried, total
             else:
-                best = torch.where(cost < least, tried, best)
-                least = torch.minimum(cost, least)
+                best = torch.where(total < least, tried, best)
+                least = torch.minimum(total, least)
         return best
 
 
