@@ -4,6 +4,8 @@ import copy
 import gc
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -266,3 +268,36 @@ def test_hooks_are_inert_for_other_caches(prompt):
     assert hooks.reads_codes(model.model)
     run(model, prompt)
     assert cache.get_seq_length() == 0
+
+
+def test_caches_made_and_dropped_by_threads_leave_one_pair_of_hooks(prompt, monkeypatch):
+    model = tiny_llama()
+    base, alive = model.model, FoldedCache(model, "int8")
+    together = threading.Barrier(8)
+    register = base.register_forward_pre_hook
+
+    def slowly(*args, **kwargs):  # other threads come between the question and the answer
+        time.sleep(0.05)
+        return register(*args, **kwargs)
+
+    def many(_):
+        together.wait()
+        return [FoldedCache(model, "int8") for _ in range(5)][-1]
+
+    del alive
+    gc.collect()
+    assert not base._forward_pre_hooks
+    monkeypatch.setattr(base, "register_forward_pre_hook", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        kept = list(pool.map(many, range(8)))
+    gc.collect()
+    alive = FoldedCache(model, "int8")
+    assert len(base._forward_pre_hooks) == len(base._forward_hooks) == 1
+    with torch.no_grad():
+        model(prompt, past_key_values=alive)
+        model(prompt, past_key_values=kept[3])
+    assert alive.get_seq_length() == kept[3].get_seq_length() == prompt.shape[1]
+    del alive, kept
+    gc.collect()
+    assert not base._forward_pre_hooks
+    assert not base._forward_hooks

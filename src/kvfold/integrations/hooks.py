@@ -138,21 +138,32 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 class _Placed:
     """The pair on one decoder, and how many caches (and routes) need it."""
 
-    def __init__(self, base: nn.Module) -> None:
-        self.count = 0
+    def __init__(self) -> None:
+        self.count, self.handles = 0, ()
+
+    def hold(self, base: nn.Module) -> None:
+        """Count one more, which needs the hooks."""
+        self.count += 1
         # a copied model has taken its hooks along
-        there = any(hook is _before for hook in base._forward_pre_hooks.values())
-        self.handles = (
-            ()
-            if there
-            else (
+        if not self.handles and _before not in base._forward_pre_hooks.values():
+            self.handles = (
                 base.register_forward_pre_hook(_before, with_kwargs=True),
                 base.register_forward_hook(_after, with_kwargs=True, always_call=True),
             )
-        )
+
+    def leave(self) -> None:
+        """Count one less; the last one takes the hooks along."""
+        with _PLACING:
+            self.count -= 1
+            if not self.count:
+                for handle in self.handles:
+                    handle.remove()
+                self.handles = ()
 
 
 _PLACED: "weakref.WeakKeyDictionary[nn.Module, _Placed]" = weakref.WeakKeyDictionary()
+#: of threads; one that makes a cache may collect another one meanwhile
+_PLACING = threading.RLock()
 
 
 def place(base: nn.Module, owner: Any) -> None:
@@ -160,22 +171,10 @@ def place(base: nn.Module, owner: Any) -> None:
 
     Passes compiled by torch are guarded by the hooks that they were traced with.
     """
-    if base not in _PLACED:
-        _PLACED[base] = _Placed(base)
-    _PLACED[base].count += 1
-    weakref.finalize(owner, _leave, weakref.ref(base))
-
-
-def _leave(at: "weakref.ref[nn.Module]") -> None:
-    base = at()
-    if base is None or base not in _PLACED:
-        return
-    placed = _PLACED[base]
-    placed.count -= 1
-    if not placed.count:
-        for handle in placed.handles:
-            handle.remove()
-        del _PLACED[base]
+    with _PLACING:
+        placed = _PLACED.setdefault(base, _Placed())
+        placed.hold(base)
+    weakref.finalize(owner, placed.leave)
 
 
 def reads_codes(base: nn.Module) -> bool:
