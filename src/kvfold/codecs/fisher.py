@@ -244,7 +244,7 @@ class BoundFisher(BoundCodec):
         Products in place: a code that rounds the other way at a half has the same error.
         """
         inverse = 1.0 / torch.where(self.step > 0, self.step, 1.0)
-        moved, cost, error = self.offset * inverse, self.cost.mT, torch.empty_like(y)
+        moved, error = self.offset * inverse, torch.empty_like(y)
         best, least = byte, None
         for move in sorted(range(-self.codec.search, self.codec.search + 1), key=abs):
             tried = torch.where(byte > 0, (byte + move).clamp(1, 255), 0)
@@ -253,7 +253,8 @@ class BoundFisher(BoundCodec):
             error.mul_(inverse).sub_(moved).round_().clamp_min_(0.0)
             torch.minimum(error, self.top, out=error)
             error.mul_(self.step).add_(self.offset).mul_(gain).sub_(y)
-            total = (error.square_() @ cost)[..., 0]
+            # a sum, not a product: its order may not depend on what else is coded
+            total = error.square_().mul_(self.cost).sum(-1)
             if least is None:
                 best, least = tried, total
             else:
