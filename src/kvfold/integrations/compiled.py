@@ -58,7 +58,7 @@ def _cache_of(key: Tensor) -> "FoldedCache":
 def traced(layer: "FoldedLayer", keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """What a traced pass gets from a layer: its own keys and values, which attention appends."""
     _check(layer)
-    ROUTE.pending = layer.found_by, layer.index
+    ROUTE.pending = layer.found_by, layer.info.index
     return keys, values
 
 

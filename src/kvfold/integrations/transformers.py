@@ -86,7 +86,7 @@ class FoldedLayer(DynamicLayer):
     ) -> None:
         self._cache = weakref.ref(cache)
         self.info, self.preset = info, preset
-        self.index, self.found_by = info.index, cache.found_by
+        self.found_by = cache.found_by
         self.attention_config: Any = cache.attention_config
         #: which mask transformers makes for the layer depends on the first
         self.is_sliding, self.sliding_window = sliding_window is not None, sliding_window
@@ -386,7 +386,7 @@ class FoldedCache(DynamicCache):
         #: by which compiled passes find the cache
         self.found_by = compiled.key_of(self)
         self.attention_config: Any = decoder(model).config if infos else None
-        limit = getattr(decoder(model).config, "max_position_embeddings", None) if infos else None
+        limit = getattr(self.attention_config, "max_position_embeddings", None)
         self.timeline = Timeline(
             config.sinks,
             config.window,

@@ -4,7 +4,7 @@ In torch a block of `fisher` is read and written about 150 times while its gains
 of `kivi` 20 times, and mixed widths are packed head by head. Here `quantise_kernel` (`fisher`) and
 `group_kernel` (`kivi`) read the states once and write a byte a code and what a token or a group has
 besides, and `pack_kernel` turns the codes of all heads and widths into words. They give the bytes
-of the reference but where another order of a sum moves a tie.
+of the reference but where another order of a sum or a gain's search without divisions moves a tie.
 """
 
 from dataclasses import dataclass
