@@ -39,7 +39,10 @@ EXACT = 4 + 64 + BLOCK
 DEVICE = torch.device("cuda", 0)
 ROPE = Rope(tuple(5e5 ** (-i / 64) for i in range(64)))
 SHAPES = ((1, 32_768), (8, 32_768), (1, 131_072), (32, 8192), (1, 4096), (64, 4096))
-PRESETS = ("kivi4-g64", "kivi2-g64", "fisher2", "fisher2-post", "fisher4", "turboquant4", "int8")
+PRESETS = (
+    "kivi4-g64", "kivi2-g64", "fisher2", "fisher2-post", "fisher2-pre", "fisher4", "turboquant4",
+    "int8",
+)  # fmt: skip
 L2, CALLS = 120e6, 12
 #: others' kernels, and why they are no rows
 PEERS = (

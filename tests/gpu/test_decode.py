@@ -92,12 +92,13 @@ def test_each_code(name, dtype):
         (2, 4, 128, (4000, 8)),
     ],
 )
-def test_shapes(heads, group, dim, chunks):
-    check(*case("fisher2", heads, group, dim, torch.bfloat16, chunks, padded=chunks[0] > 300))
+@pytest.mark.parametrize("name", ["fisher2", "fisher2-pre"])
+def test_shapes(name, heads, group, dim, chunks):
+    check(*case(name, heads, group, dim, torch.bfloat16, chunks, padded=chunks[0] > 300))
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("name", ["fisher2", "fisher2-post"])
+@pytest.mark.parametrize("name", ["fisher2", "fisher2-post", "fisher2-pre"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_widths_that_differ_between_heads(name, dim, dtype):
     check(*case(name, 3, 4, dim, dtype, (900, 1), tables=mixed))
@@ -107,7 +108,8 @@ def test_the_cuda_kernels_read_what_is_measured():
     """On Hopper no row of the benchmarks falls back to Triton's kernels unseen."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("made for sm_90")
-    for name in ("fisher2", "fisher2-post", "fisher4", "kivi4-g64", "kivi2-g64", "turboquant4"):
+    names = "fisher2", "fisher2-post", "fisher2-pre", "fisher4", "kivi4-g64", "turboquant4"
+    for name in names:
         _, view = case(name, 8, 4, 128, torch.bfloat16, (300, 1))
         assert decode.lowered(view.store).native is not None, name
 

@@ -31,7 +31,7 @@ def library():
 
 def compiled(name, macros, tmp_path):
     """Registers of a kernel, and its instructions with where each branch back goes to."""
-    code = build.cubin(cuda.source(name), "sm_90", cuda.options(macros), library())
+    code = build.cubin(cuda.source(name), build.HOPPER, cuda.options(macros), library())
     file = tmp_path / f"{name}.cubin"
     file.write_bytes(code)
     triton = pytest.importorskip("triton")

@@ -5,6 +5,7 @@ walks whole pages, so that mixed widths cost what the columns of a head cost.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.kernels.cuda import build
+from kvfold.kernels.cuda import before_rope, build
 from kvfold.packing import SECTIONS
 
 FOLDER = Path(__file__).parent
@@ -21,8 +22,8 @@ FOLDER = Path(__file__).parent
 TILE = 4
 #: warps of a multiprocessor: codes of one width, which are no faster with more, and others
 WARPS = 8, 12
-#: warps of a program: those that make most.
-WARPS_OF_PROGRAM = 4, 2, 1
+#: warps of a program: those that make most; where keys are decoded
+WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (8, 4)
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
 OVER = 0.7
@@ -101,7 +102,8 @@ def runs_on(device: torch.device) -> bool:
 
 def whole_keys(layer: Any) -> bool:
     """Whether keys are digits whose steps hold for a page: products of bytes."""
-    return layer.key.levels is None and layer.constants["SEGMENTS"] == 1
+    digits = layer.key.levels is None and layer.constants["SEGMENTS"] == 1
+    return digits and layer.decoder is None
 
 
 def refuses(layer: Any) -> str | None:
@@ -114,6 +116,11 @@ def refuses(layer: Any) -> str | None:
             return "sections that do not begin at a multiple of 16 bytes"
         if any(count % 2 for head in side.operand.counts for count in head):
             return "an odd number of columns"
+    device = layer.table.device
+    if layer.decoder is not None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != 9:
+            return f"keys coded before RoPE on sm_{major}{minor}; sm_90 is possible"
     at = [*layer.table[:, 12:16].flatten().tolist(), zero_at(layer)]
     if any(byte % 16 for byte in at) or layer.page_bytes % 16:
         return "gains that do not begin at a multiple of 16 bytes"
@@ -140,7 +147,7 @@ def macros(layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype) -> di
     for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
         found[name] = int(c[name])
     found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype]}
-    found |= {"ZERO_AT": zero_at(layer), "EXACT": EXACT_TOKENS}
+    found |= {"ZERO_AT": zero_at(layer), "EXACT": EXACT_TOKENS, "TOKEN": layer.decoder.blocks if layer.decoder else 0}
     found |= {"K_WHOLE": int(layer.key.whole > 0), "WARPS": cut.warps, "PROGRAMS": cut.programs}
     for name, side in (("K", layer.key), ("V", layer.value)):
         found[f"{name}_LEVELS"] = int(side.levels is not None)
@@ -201,9 +208,9 @@ def merge_macros(
 
 
 def source(name: str) -> str:
-    """The CUDA C++ of a kernel: `attend`, `merge` or `prepare`."""
-    files = (FOLDER / file for file in ("common.cuh", f"{name}.cu"))
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+    """The CUDA C++ of a kernel, `attend`, `merge` or `prepare`, with what it includes."""
+    text = (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+    return re.sub(r'#include "(.*)"', lambda found: (FOLDER / found[1]).read_text("utf-8"), text)
 
 
 def options(found: dict[str, int | str]) -> list[str]:
@@ -240,20 +247,25 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     )
     # a step and a zero point for each segment and channel, or a gain a token
     extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
-    columns_at = 128 + extra + up(q, 128) * c["PAGED"] + BLOCK * mean_n * 2 * c["MEAN"]
+    of_page = up(q, 128) * c["PAGED"] if layer.decoder is None else 16 * layer.key_dim
+    columns_at = 128 + extra + of_page + BLOCK * mean_n * 2 * c["MEAN"]
     weights = BLOCK * c["V_GROUPS"] * (c["V_GAIN"] + 2 * c["V_OFFSET"])
     # values behind keys, or over them: of a section's last chunks what lies behind them is read too
     apart = [up(k, 128) + up(v + weights, 128) for k, v in zip(keys, values, strict=True)]
     least = max(up(max(k, v + weights), 128) for k, v in zip(keys, values, strict=True))
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
-    gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes
+    gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes; angles of decoded keys
     rest = columns_at + max(layer.value.columns * TILE * 4 + ends + gains, exact)
     widths = sum(chunks > 0 for side in (layer.key, layer.value) for chunks in side.chunks)
+    of_all, of_program, of_device = 0 if c["PAGED"] else up(q, 128), WARPS_OF_PROGRAM, WARPS[widths > 2]
+    if layer.decoder is not None:  # four warps share a product, all share the tables
+        of_all = up(before_rope.nbytes(layer.decoder.blocks, layer.key_dim, m), 128)
+        of_program, of_device = DECODING_WARPS, DECODING_WARPS[0]
     best, most = None, 0.0
-    for warps in WARPS_OF_PROGRAM:
-        fixed = RESERVED + (0 if c["PAGED"] else up(q, 128))
-        for programs in range(1, WARPS[widths > 2] // warps + 1):
+    for warps in of_program:
+        fixed = RESERVED + of_all
+        for programs in range(1, of_device // warps + 1):
             warp = (SHARED // programs - fixed) // warps // 128 * 128
             room = min(warp - up(rest, 128), max(apart))
             if room < least:

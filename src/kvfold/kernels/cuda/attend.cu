@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // Decode attention on packed pages for sm_90: a warp walks whole pages on its own.
 //
 // A program takes a run of pages, which may go on from one head or row to the next (`Cut`), for up to
@@ -25,12 +27,13 @@
 //
 // Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
 // D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE (sections are multiples of 16), K_GAIN..
-// (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), and flags.
+// (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), TOKEN (keys were
+// coded before RoPE: before_rope.cuh), and flags.
 
 #define KC (K4 + K2 + K1)   // slots of key chunks
 #define VC (V4 + V2 + V1)
 #define STATE (2 + 2 * V_GROUPS)
-#define WHOLE_KEYS (!K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
+#define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
 
 // --- instructions --------------------------------------------------------------------------------
@@ -395,6 +398,10 @@ __device__ __forceinline__ float soft_cap(float s, float cap) {
     return cap - 2.0f * cap / (1.0f + exp2_(s * (2.0f * LOG2E / cap)));
 }
 
+#if TOKEN
+#include "before_rope.cuh"
+#endif
+
 // --- exact tokens --------------------------------------------------------------------------------
 
 #if DTYPE == 2
@@ -505,11 +512,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
     const State* raw_q, const State* keys, const State* values, const int* tokens,
     const int* query_tokens, int exact_tokens, int rows, int query_heads, int queries, int group, int tiles,
     double scale_, double cap_, float* sums, float* states, float* exact, float* exact_state,
-    int exact_splits, int exact_cost, int inverse, int warp_bytes, int sums_at) {
+    int exact_splits, const u8* decoders, const u8* turns, const int* channels, const int* block,
+    const int* first_position, int sinks, double unscale, int exact_cost, int inverse, int warp_bytes,
+    int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
     float scale = (float)scale_, cap = (float)cap_;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (!capacity) wait_for_launch_before();
+    if (!capacity || TOKEN) wait_for_launch_before();  // no launch before has waited
     if (lane < HEADS) asm volatile("prefetch.global.L1 [%0];" ::"l"(heads + lane * 16));
     if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(slabs));
     const u32 all_costs = costs[HEADS];
@@ -524,9 +533,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
     // behind the queries of whole keys: what is added to their sums, and their unit, [4][2]
     const int Q_BYTES = WHOLE_KEYS ? KC * 128 + 32 : KC * 16 * M * 2;
     const int EXTRA_AT = 128;  // copies to whole lines are much faster
-    const int QUERY_AT = EXTRA_AT + K_EXTRA, MEANS_AT = QUERY_AT + (PAGED ? (Q_BYTES + 127) / 128 * 128 : 0);
+    const int QUERY_AT = EXTRA_AT + K_EXTRA;
+    const int MEANS_AT = QUERY_AT + (TOKEN ? D_K * 16 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0);
     const int COLUMNS_AT = MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0);
+#if TOKEN  // of all warps: turns, the head's tables, its queries and their units
+    const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, UNITS_AT = PLAIN_AT + M * D_K * 4;
+    const int WARPS_AT = (UNITS_AT + 32 + 127) / 128 * 128;
+    float *plain = (float*)(shared + PLAIN_AT), *units = (float*)(shared + UNITS_AT);
+    const u32 head_barrier = shared_address(units + 4);
+    u32 places = 0;  // that the program has begun
+    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(head_barrier));
+    const Decoder decoder{(const Part*)(shared + HEAD_AT), (const uint4*)(shared + HEAD_AT + TOKEN * 128),
+                          shared_address(shared + HEAD_AT + TOKEN * 128 + D_K * 4), (const uint4*)shared};
+#else
     const int WARPS_AT = PAGED ? 0 : (Q_BYTES + 127) / 128 * 128;
+#endif
     const u32 ENDS = VC * 16 * 4 * 4;
     u8* shared_q = shared;
     u8* mine = shared + WARPS_AT + warp * warp_bytes;
@@ -663,10 +684,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         };
         // addresses of the warp's next pages, one a lane, page p's in lane p / WARPS % 32
         u64 held = 0;
+        int held_block = 0;  // which of its row each is
         auto hold = [&](int page) {
             int mine = min(page + WARPS * max(lane - (page / WARPS & 31), 0), high - 1);
             int number = table[(u64)walk->row * capacity + mine];
             held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
+            if (TOKEN) held_block = block[(u64)walk->row * capacity + mine];
         };
 
         int page = low + warp;
@@ -692,9 +715,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         }
         first = false;
         if (!any) break;
+#if TOKEN
+        __syncthreads();  // the barrier is there, and nobody reads the tables of the head before
+        if (threadIdx.x == 0) {
+            const u32 shared_turns = shared_address(shared);
+            asm volatile("fence.proxy.async.shared::cta;");
+            expect(head_barrier, HEAD_BYTES + (places ? 0 : TURNS_BYTES));
+            copy(shared_turns + HEAD_AT, (u64)decoders + (u64)head * HEAD_BYTES, HEAD_BYTES, head_barrier);
+            if (!places) copy(shared_turns, (u64)turns, TURNS_BYTES, head_barrier);
+        }
+        load_queries(plain, units, raw_q, channels, row, head, query_heads, queries, group, walk->tile,
+                     scale, (float)unscale);
+        const float start = (float)(first_position[row] + sinks);
+        wait(head_barrier, places++ & 1);
+#else
         if (!PAGED)
             for (int i = threadIdx.x; i < Q_BYTES / 16; i += 32 * WARPS)
                 ((uint4*)shared_q)[i] = ((const uint4*)(q + (u64)place * Q_BYTES))[i];
+#endif
         for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
         if (page < high) {
             if (key_bytes && other) copy(to, other + (u64)page * stride, key_bytes, key_barrier);
@@ -702,19 +740,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         __syncthreads();
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
-        for (; page < high; page += WARPS) {
+        // products of keys take pages of four warps at once: all walk as many
+        for (; page - (TOKEN ? warp : 0) < high; page += WARPS) {
             const u64 address = next;
+            const int block_here = TOKEN ? __shfl_sync(0xffffffffu, held_block, page / WARPS & 31) : 0;
             if (page + WARPS < high) {
                 const int at = (page + WARPS) / WARPS & 31;
                 if (!at) hold(page + WARPS);
                 next = __shfl_sync(0xffffffffu, held, at);
             }
             float s[2][4][2] = {};
-            wait(key_barrier, walk->done & 1);
+            if (page < high) wait(key_barrier, walk->done & 1);
             const u8* queries_in = PAGED ? mine + QUERY_AT : shared_q;
             const u8* steps = mine + EXTRA_AT;
             const int k4 = walk->k4, k2 = walk->k2, k1 = walk->k1;
             const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
+#if TOKEN
+            uint2* query_in = (uint2*)(mine + QUERY_AT);
+            turn_queries(query_in, plain, (const float*)(shared + D_K * 256),
+                         start + (float)block_here * BLOCK, (float2*)room, lane, l);
+            float w[2][4][2];
+            numbers<1, 1>(w, steps, 0, room, l);
+            add_decoded<0>(s[0], decoder, columns_in, query_in, room, lane, l);
+            add_decoded<1>(s[1], decoder, columns_in, query_in, room, lane, l);
+            if (page >= high) break;
+#else
             if (WHOLE_KEYS) {
                 if (K4) add_scores<4>(s, columns_in, k4, queries_in, l);
                 if (K2) add_scores<2>(s, k2_in, k2, queries_in + K4 * 128, l);
@@ -728,12 +778,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
                 for (int k = 0; k < SEGMENTS; ++k)
                     if (SEGMENTS > 1) first_terms[k] = __shfl_sync(0xffffffffu, zeros[0], 4 * k + l.c);
             }
+#endif
             __syncwarp();
             if (!apart) fetch_values(address);
             else if (page + WARPS < high) fetch_columns(next);
             if (WHOLE_KEYS) find_terms(queries_in);
+#if TOKEN
+            q_unit = units[query];
+#else
             float w[2][4][2];
             if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, room, l);
+#endif
             float top = LOWEST;
             const u8* means_in = mine + MEANS_AT + l.c * 2;
 #pragma unroll
@@ -743,12 +798,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         float x = s[r][f][i];
+                        if (TOKEN) x = x * q_unit;
                         if (WHOLE_KEYS || SEGMENTS > 1) x = x * q_unit + first_terms[f * SEGMENTS / 4];
                         float mean = 0.0f;
                         if (MEAN)
                             mean = float_of_half(*(const u16*)(
                                 means_in + (32 * f + 16 * r + (i ? l.second : l.first)) * (MEAN_N * 2)));
-                        x = K_GAIN ? x * w[r][f][i] + mean : x + mean;
+                        x = K_GAIN && !TOKEN ? x * w[r][f][i] + mean : x + mean;
                         if (CAP) x = soft_cap(x, cap);
                         s[r][f][i] = x;
                         top = fmaxf(top, x);

@@ -70,6 +70,8 @@ class Config(ctypes.Structure):
     )
 
 
+#: with the instructions that no other device has
+HOPPER = "sm_90a"
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 MAX_SHARED = 8
 #: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: kernels wait for the launch before by
@@ -149,4 +151,5 @@ def driver() -> ctypes.CDLL:
 def load(source: str, name: str, options: Sequence[str], device: int, shared: int) -> Kernel:
     """The kernel `name` of a source on a device, with up to `shared` bytes of shared memory."""
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(cubin(source, f"sm_{major}{minor}", options, library()), name, device, shared)
+    arch = HOPPER if major == 9 else f"sm_{major}{minor}"
+    return Kernel(cubin(source, arch, options, library()), name, device, shared)

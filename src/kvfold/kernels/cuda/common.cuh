@@ -1,4 +1,4 @@
-// What all kernels here begin with; `source` in __init__.py puts it before each of them.
+// What all kernels here begin with.
 //
 // DTYPE (of queries and exact states) comes as a macro: 0 float16, 1 bfloat16, 2 float32.
 
@@ -30,6 +30,15 @@ __device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) {
     u32 y;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
     return y;
+}
+
+// cosine and sine of any angle: 2 pi in three parts, the first of which times a whole number is exact
+__device__ __forceinline__ float2 turn_of(float angle) {
+    float whole = floorf(angle * 0.15915494309189535f + 0.5f);
+    angle = fmaf(whole, -6.28125f, angle);
+    angle = fmaf(whole, -0.0019350051879882812f, angle);
+    angle = fmaf(whole, -3.0199159819930186e-07f, angle);
+    return make_float2(__cosf(angle), __sinf(angle));
 }
 
 #if DTYPE == 2

@@ -105,7 +105,7 @@ def decode(
             layer, places, capacity, work.sms, arguments, (scale, 2.0**-key.exponent),
             m=m, mean_n=mean_n, dtype=q.dtype,
         )  # fmt: skip
-    elif capacity:
+    elif capacity and layer.decoder is None:
         into = work.addresses, work.query, work.terms, work.means
         prepare(
             q, layer, located, into,
@@ -116,7 +116,8 @@ def decode(
         layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
         q, exact_keys, exact_values, tokens, query_tokens, exact, rows, query_heads, queries, group,
         tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
-        work.exact_state, work.exact_splits,
+        work.exact_state, work.exact_splits, *decoding(layer), located.block, located.first, layer.sinks,
+        2.0**-layer.decoder.exponent if layer.decoder else 0.0,
     )  # fmt: skip
     cuda.attend(
         layer, work.programs, arguments,
@@ -136,3 +137,9 @@ def decode(
         m=m, sms=work.sms, sink_logits=sink_logits is not None, dtype=q.dtype,
     )  # fmt: skip
     return out
+
+
+def decoding(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables of keys that were coded before RoPE, any tensors where there are none."""
+    by = layer.decoder
+    return (layer.table,) * 3 if by is None else (by.heads, by.turns, by.channels)

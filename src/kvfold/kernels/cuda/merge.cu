@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // The launch after attention, for sm_90: partial results by their log-sum-exp, turned back to states.
 //
 // One program a row, tile of queries and KV head, and PER of its M queries. It finds the programs of

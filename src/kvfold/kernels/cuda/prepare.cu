@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // Queries made ready for packed pages, for sm_90: the launch before attention.
 //
 // A program takes one row and KV head and a run of pages. The head's tables (the key matrix by columns,
@@ -188,14 +190,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
             for (int d = lane; d < D; d += 32) {
                 float freq = TURN ? rope[d] : 0.0f;
 #pragma unroll
-                for (int i = 0; i < PAGES; ++i) {
-                    // 2 pi in three parts, the first of which times a whole number of turns is exact
-                    float angle = at_[i] * freq, whole = floorf(angle * 0.15915494309189535f + 0.5f);
-                    angle = fmaf(whole, -6.28125f, angle);
-                    angle = fmaf(whole, -0.0019350051879882812f, angle);
-                    angle = fmaf(whole, -3.0199159819930186e-07f, angle);
-                    turn[i * D + d] = make_float2(__cosf(angle), __sinf(angle));
-                }
+                for (int i = 0; i < PAGES; ++i) turn[i * D + d] = turn_of(at_[i] * freq);
             }
             __syncwarp();
             u32 b[PAIRS][KS][2];

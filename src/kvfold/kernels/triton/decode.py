@@ -24,6 +24,7 @@ from kvfold.cache.pool import Pool
 from kvfold.cache.store import LayerStore, View
 from kvfold.cache.timeline import Located
 from kvfold.kernels import cuda
+from kvfold.kernels.cuda import before_rope
 from kvfold.kernels.cuda import decode as cuda_decode
 from kvfold.kernels.lowering import NotLoweredError, Operand, lower_keys, lower_values
 from kvfold.kernels.triton import unpack
@@ -163,6 +164,7 @@ class Layer:
     cost: tuple[int, ...] = ()  #: how long a page of each head takes, relative to the others
     costs: Tensor | None = None  #: int32 [heads + 1] their sums up to each head
     native: cuda.Native | None = None  #: tables of the CUDA kernels; None where Triton's are used
+    decoder: before_rope.Decoder | None = None  #: tables of keys that were coded before RoPE
 
     @property
     def pool(self) -> Pool:
@@ -193,7 +195,7 @@ def lowered(store: LayerStore) -> Layer:
 
 def _lower(store: LayerStore) -> Layer:
     site = store.key.site
-    key = lower_keys(store.key)
+    key = lower_keys(store.key, per_token=cuda.runs_on(site.device))
     value = lower_values(store.value, store.layout.keys.nbytes)
     _check(store, key, value)
     k, v = Side.of(key, True), Side.of(value, False)
@@ -218,6 +220,8 @@ def _lower(store: LayerStore) -> Layer:
     mean, rope = key.mean, key.rope
     if mean is not None and not bool(mean.any()):
         mean = None
+    if key.stored.turns == "token":  # `before_rope` has both
+        mean = rope = None
     if mean is None and key.stored.turns == "mean":
         rope = None
     groups = 1 if value.offset is None else value.offset.shape[1]
@@ -249,7 +253,11 @@ def _lower(store: LayerStore) -> Layer:
         "Z": bool(key.gain.any()) or segments > 1,
         "MEAN": mean is not None,
     }
-    columns = [150 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
+    decoder = before_rope.decoder(key) if key.stored.turns == "token" else None
+    if decoder is None:
+        columns = [150 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
+    else:
+        columns = [250 + 48 * n + sum(value.counts[h]) for h, n in enumerate(decoder.counts)]
     cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
     costs = torch.tensor([sum(cost[:h]) for h in range(heads + 1)], dtype=torch.int32)
     layer = Layer(
@@ -268,9 +276,12 @@ def _lower(store: LayerStore) -> Layer:
         weakref.ref(store),
         cost=cost,
         costs=costs.to(device),
+        decoder=decoder,
     )
     if cuda.runs_on(device):
         layer.native = cuda.native(layer)
+    if layer.native is None and decoder is not None:
+        raise NotLoweredError(cuda.refuses(layer) or "keys coded before RoPE are decoded on sm_90")
     if layer.native is None and v.chunks[2] and block == 128 and not interpreted():
         # their operands' registers lie otherwise than `unpack.assembly` takes them to
         raise NotLoweredError("values with columns of one bit are read on sm_90 and newer only")

@@ -1,0 +1,215 @@
+// Scores of keys that were coded before RoPE: a warp decodes a page's keys as it reads them.
+//
+// A warp takes four tiles of 16 tokens, twice. Digits become float16 numbers about zero, which are the
+// rows of products with the head's inverse matrix in shared memory: wgmma takes 16 rows from each of
+// four warps, each of them at a page of its own of the same head, so all warps walk as many pages. What
+// comes out, times the token's gain and with the mean added, is turned by the token's place in the page
+// and is at once, register for register, an operand of the product with the queries, which are turned
+// back to the page's first position. Queries are two float16 numbers, neighbouring columns of B.
+//
+//   keys     A = digits [16 tokens x 16 columns],    B = matrix  [16 columns x D_K]
+//   scores   A = keys   [16 tokens x 8 pairs],       B = queries [8 pairs x 8]
+//
+// Channels are ordered so that a pair is D_K / 2 apart; tables are those of before_rope.py. TOKEN is the
+// most blocks of 16 columns that a head has. Where two sections hold digits of the same coordinates
+// (codes of 3, 5 and 6 bits), both are parts of one block.
+
+#define GROUPS_OF_8 (D_K / 16)  // of pairs
+#define TURNS_BYTES (D_K * 256 + D_K * 2)
+#define HEAD_BYTES (TOKEN * 128 + D_K * 4 + TOKEN * D_K * 32)
+
+struct Part {  // of a block of columns, 64 bytes
+    u32 at, width, have, blocks;  // first byte, bits of a digit (0: no part), columns; blocks of the head
+    u32 mask[4], factor[4], addend[4];  // by quarter of the page
+};
+
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+    u32 y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+}
+__device__ __forceinline__ u32 minus2(u32 a) {
+    u32 y;
+    asm("neg.f16x2 %0, %1;" : "=r"(y) : "r"(a));
+    return y;
+}
+__device__ __forceinline__ u32 plus2(u32 a, u32 b) {
+    u32 y;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+#define R4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define R16(i) R4(i), R4(i + 4), R4(i + 8), R4(i + 12)
+#define L16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#if D_K == 64
+#define D_LIST L16 "}, {%16,%17,%18,%19}, %20, p"
+#define D_REGISTERS R16(0)
+#define D_SHAPE "m64n64k16"
+#define D_ADDS "%21"
+#elif D_K == 80
+#define D_LIST L16 ",%16,%17,%18,%19}, {%20,%21,%22,%23}, %24, p"
+#define D_REGISTERS R16(0), R4(16)
+#define D_SHAPE "m64n80k16"
+#define D_ADDS "%25"
+#elif D_K == 96
+#define D_LIST L16 ",%16,%17,%18,%19,%20,%21,%22,%23}, {%24,%25,%26,%27}, %28, p"
+#define D_REGISTERS R16(0), R4(16), R4(20)
+#define D_SHAPE "m64n96k16"
+#define D_ADDS "%29"
+#else
+#define D_LIST L16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p"
+#define D_REGISTERS R16(0), R16(16)
+#define D_SHAPE "m64n128k16"
+#define D_ADDS "%37"
+#endif
+
+// keys += digits x block; the first of a head's blocks begins at zero
+__device__ __forceinline__ void add_block(u32* d, const u32* a, u64 block, int adds) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " D_ADDS ", 0;\n"
+                 "wgmma.mma_async.sync.aligned." D_SHAPE ".f16.f16.f16 " D_LIST ", 1, 1, 0; }"
+                 : D_REGISTERS
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(block), "r"(adds));
+}
+
+// what wgmma is told of a block: its address, and bytes between neighbours of 8 columns and 8 channels
+__device__ __forceinline__ u64 block_at(u32 address) {
+    return (u64)(address >> 4) | (u64)(128 >> 4) << 16 | (u64)(256 >> 4) << 32;
+}
+
+// digits of a part as operands of the four quarters of half R of the lanes; SECOND: those of both parts
+template <int R, bool SECOND>
+__device__ __forceinline__ void digits(u32 (*a)[4], const Part* part, const u8* columns, const Lane& l) {
+    const uint4 about = *(const uint4*)part;
+    const int width = about.y, rows = 8 * width - 1;
+    const u8* words = columns + about.x;
+    const uint2 y = row_of(words, (16 * R + l.first) & rows, about.z, l.c);
+    const uint2 z = row_of(words, (16 * R + l.second) & rows, about.z, l.c);
+    const int shift = width == 4 ? 0 : 8 * R + (width == 1 ? 4 * (l.first >> 3) : 0);
+    const int upper = width == 4 ? 8 : 0;
+    const u32 x[4] = {y.x >> shift, z.x >> shift, y.y >> shift, z.y >> shift};
+#pragma unroll
+    for (int f = 0; f < 4; ++f) {
+        const u32 mask = part->mask[f], factor = part->factor[f], addend = part->addend[f];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 made = ((f < 2 ? x[i] : x[i] >> upper) & mask) | 0x64006400u;  // 1024 + digit
+            made = fma2(made, factor, addend);
+            a[f][i] = SECOND ? plus2(a[f][i], made) : made;
+        }
+    }
+}
+
+struct Decoder {
+    const Part* parts;       // [blocks][2]
+    const uint4* constants;  // [pairs / 8][4] gain term and mean of two channels and of their partners
+    u32 matrix;              // address of [blocks][D_K / 8][2][8 channels][8 columns] float16
+    const uint4* turns;      // [half][quarter][pairs / 8][lane] cosines and sines of rows g and g + 8
+};
+
+// scores of 64 tokens for one query: s[quarter][row g, row g + 8]
+template <int R>
+__device__ __forceinline__ void add_decoded(float (*s)[2], const Decoder& by, const u8* columns,
+                                            const uint2* query, const float* gains, int lane, const Lane& l) {
+    u32 d[4][D_K / 4];
+    const int blocks = by.parts->blocks;
+    auto block = [&](int e) {
+        u32 a[4][4];
+        const Part* part = by.parts + 2 * e;
+        digits<R, false>(a, part, columns, l);
+        if (part[1].width) digits<R, true>(a, part + 1, columns, l);
+        products_wait();
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        const u64 from = block_at(by.matrix + e * (D_K * 32));
+#pragma unroll
+        for (int f = 0; f < 4; ++f) add_block(d[f], a[f], from, e);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+#pragma unroll 1
+    for (int e = 0; e < blocks; e += 2) {  // registers of one are read while the other's are made
+        block(e);
+        if (e + 1 < blocks) block(e + 1);
+    }
+    products_wait();
+    u32 gain[4][2];
+#pragma unroll
+    for (int f = 0; f < 4; ++f)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float x = gains[32 * f + 16 * R + (i ? l.second : l.first)];
+            gain[f][i] = half2_of(x, x);
+        }
+    float sums[4][4] = {};
+#pragma unroll
+    for (int j = 0; j < GROUPS_OF_8; ++j) {
+        const uint4 k = by.constants[j * 4 + l.c];
+        const uint2 q = query[j * 32 + lane];
+#pragma unroll
+        for (int f = 0; f < 4; ++f) {
+            const uint4 turn = by.turns[((R * 4 + f) * GROUPS_OF_8 + j) * 32 + lane];
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const u32 cosine = i ? turn.z : turn.x, sine = i ? turn.w : turn.y;
+                u32 x = fma2(d[f][2 * j + i], gain[f][i], fma2(gain[f][i], k.x, k.y));
+                u32 y = fma2(d[f][2 * (j + GROUPS_OF_8) + i], gain[f][i], fma2(gain[f][i], k.z, k.w));
+                a[i] = fma2(x, cosine, minus2(times2(y, sine)));
+                a[2 + i] = fma2(y, cosine, times2(x, sine));
+            }
+            product(sums[f], a, q.x, q.y);
+        }
+    }
+#pragma unroll
+    for (int f = 0; f < 4; ++f)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) s[f][i] = sums[f][2 * i] + sums[f][2 * i + 1];
+}
+
+// queries turned back to a page's first position, as `add_decoded` takes them
+__device__ __forceinline__ void turn_queries(uint2* query, const float* plain, const float* frequency,
+                                             float position, float2* angles, int lane, const Lane& l) {
+    for (int p = lane; p < D_K / 2; p += 32) angles[p] = turn_of(position * frequency[p]);
+    __syncwarp();
+    const float* mine = plain + min(l.g >> 1, M - 1) * D_K;
+#pragma unroll 2
+    for (int j = 0; j < GROUPS_OF_8; ++j) {
+        const int p = 8 * j + 2 * l.c;
+        const float4 by = *(const float4*)(angles + p);
+        const float2 x = *(const float2*)(mine + p), y = *(const float2*)(mine + D_K / 2 + p);
+        float a[4] = {x.x * by.x + y.x * by.y, x.y * by.z + y.y * by.w,
+                      y.x * by.x - x.x * by.y, y.y * by.z - x.y * by.w};
+        uint2 made = make_uint2(half2_of(a[0], a[1]), half2_of(a[2], a[3]));
+        if (l.g & 1) {  // what rounding left
+            made = make_uint2(half2_of(a[0] - float_of_half(made.x), a[1] - float_of_half(made.x >> 16)),
+                              half2_of(a[2] - float_of_half(made.y), a[3] - float_of_half(made.y >> 16)));
+        }
+        query[j * 32 + lane] = made;
+    }
+    __syncwarp();
+}
+
+// queries of a head in float32, channels in the order of pairs: [M][D_K], the largest norm's unit 256
+__device__ __forceinline__ void load_queries(float* plain, float* units, const State* q, const int* channels,
+                                             int row, int head, int query_heads, int queries, int group,
+                                             int tile, float scale, float unscale) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    for (int n = warp; n < M; n += WARPS) {
+        const int which = tile * M + n;
+        const State* at = q + ((u64)((row * query_heads + head * group + which / queries) * queries +
+                                     which % queries)) * D_K;
+        float x[(D_K + 31) / 32], sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < (D_K + 31) / 32; ++i) {
+            const int d = lane + 32 * i;
+            x[i] = which < group * queries && d < D_K ? wide(at[channels[d]]) * scale : 0.0f;
+            sum += x[i] * x[i];
+        }
+        for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+        const float norm = fmaxf(sqrtf(sum), 1e-30f);
+#pragma unroll
+        for (int i = 0; i < (D_K + 31) / 32; ++i)
+            if (lane + 32 * i < D_K) plain[n * D_K + lane + 32 * i] = x[i] * (256.0f / norm);
+        if (lane == 0) units[n] = norm * (1.0f / 256.0f) * unscale;
+    }
+}
