@@ -29,16 +29,15 @@ def read(page, operand, by, h):
     raw = by.heads[h]
     parts = raw[: by.blocks * 128].contiguous().view(torch.int32).view(by.blocks, 2, 16)
     at = by.blocks * 128
-    constants = half(raw[at : at + dim * 4]).view(dim // 16, 4, 2, 2, 2)
-    gain, mean = constants.permute(3, 2, 0, 1, 4).reshape(2, dim)
-    matrix = half(raw[at + dim * 4 :]).view(by.blocks, dim // 8, 2, 8, 8)
+    matrix = half(raw[at:]).view(by.blocks, dim // 8, 2, 8, 8)
     matrix = matrix.permute(0, 2, 4, 1, 3).reshape(by.blocks, 16, dim)  # rows as the product's
     first = operand.sections[h]
     start = {4: first[0], 2: first[1], 1: first[2]}
     before, counts = {}, dict(zip((4, 2, 1), operand.counts[h], strict=True))
     before[4], before[2], before[1] = 0, counts[4] * 64, counts[4] * 64 + counts[2] * 32
     token, keys = torch.arange(BLOCK), torch.zeros(BLOCK, dim, dtype=torch.float64)
-    for e in range(int(parts[0, 0, 3])):
+    gain, mean = matrix[0, :2]
+    for e in range(1, int(parts[0, 0, 3])):
         digits = torch.zeros(BLOCK, 16, dtype=torch.float64)
         for offset, width, have, _, *numbers in parts[e].tolist():
             if not width or not counts[width]:
@@ -82,7 +81,8 @@ def test_keys_come_out_of_the_tables(name, dim, pairs, turned, tables):
     page = codec.layout.join(codec.encode(x, positions))[0]
     operand = lower_keys(codec, per_token=True)
     by = before_rope.decoder(operand)
-    assert before_rope.nbytes(by.blocks, dim, 4) == by.heads.shape[1] + len(by.turns) + dim * 16 + 32
+    tables = by.heads.shape[1] + len(by.turns)
+    assert before_rope.nbytes(by.blocks, dim, 4) == tables + (dim + 8) * 16 + 32
     wanted = codec.decode(codec.layout.split(page[None]), positions)[0][..., by.channels.long()]
     for h in range(HEADS):
         found = read(page, operand, by, h)
@@ -94,7 +94,7 @@ def test_digits_of_a_coordinate_share_a_block():
     codec = bound("fisher3-pre", 128, Rope(tuple(1e4 ** (-i / 64) for i in range(64))), plain)
     operand = lower_keys(codec, per_token=True)
     assert operand.counts[0] == (0, 128, 128)
-    assert before_rope.decoder(operand).counts == (8, 8, 8)
+    assert before_rope.decoder(operand).counts == (9, 9, 9)
 
 
 def test_what_is_not_read_is_refused():

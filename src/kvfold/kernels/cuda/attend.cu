@@ -537,14 +537,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
     const int MEANS_AT = QUERY_AT + (TOKEN ? D_K * 16 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0);
     const int COLUMNS_AT = MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0);
 #if TOKEN  // of all warps: turns, the head's tables, its queries and their units
-    const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, UNITS_AT = PLAIN_AT + M * D_K * 4;
+    const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, UNITS_AT = PLAIN_AT + M * PLAIN * 4;
     const int WARPS_AT = (UNITS_AT + 32 + 127) / 128 * 128;
     float *plain = (float*)(shared + PLAIN_AT), *units = (float*)(shared + UNITS_AT);
     const u32 head_barrier = shared_address(units + 4);
     u32 places = 0;  // that the program has begun
     if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(head_barrier));
-    const Decoder decoder{(const Part*)(shared + HEAD_AT), (const uint4*)(shared + HEAD_AT + TOKEN * 128),
-                          shared_address(shared + HEAD_AT + TOKEN * 128 + D_K * 4), (const uint4*)shared};
+    const Decoder decoder{(const Part*)(shared + HEAD_AT), shared_address(shared + HEAD_AT + TOKEN * 128),
+                          (const uint4*)shared};
 #else
     const int WARPS_AT = PAGED ? 0 : (Q_BYTES + 127) / 128 * 128;
 #endif
@@ -761,8 +761,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
                          start + (float)block_here * BLOCK, (float2*)room, lane, l);
             float w[2][4][2];
             numbers<1, 1>(w, steps, 0, room, l);
-            add_decoded<0>(s[0], decoder, columns_in, query_in, room, lane, l);
-            add_decoded<1>(s[1], decoder, columns_in, query_in, room, lane, l);
+#pragma unroll 1
+            for (int part = 0; part < 4; ++part) {  // the code of one part fits into the instruction cache
+                float made[QUARTERS][2];
+                decoded(made, decoder, columns_in, query_in, room, part >> 1, part & 1 ? QUARTERS : 0, lane, l);
+#pragma unroll
+                for (int f = 0; f < 4; ++f)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (part == f) s[f >> 1][2 * (f & 1) + i / 2][i & 1] = made[i / 2][i & 1];
+            }
             if (page >= high) break;
 #else
             if (WHOLE_KEYS) {

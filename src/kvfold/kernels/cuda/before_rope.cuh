@@ -1,26 +1,28 @@
 // Scores of keys that were coded before RoPE: a warp decodes a page's keys as it reads them.
 //
-// A warp takes four tiles of 16 tokens, twice. Digits become float16 numbers about zero, which are the
-// rows of products with the head's inverse matrix in shared memory: wgmma takes 16 rows from each of
-// four warps, each of them at a page of its own of the same head, so all warps walk as many pages. What
-// comes out, times the token's gain and with the mean added, is turned by the token's place in the page
-// and is at once, register for register, an operand of the product with the queries, which are turned
-// back to the page's first position. Queries are two float16 numbers, neighbouring columns of B.
+// A warp takes two tiles of 16 tokens, four times. Digits become float16 numbers about zero, times the
+// token's gain; they are the rows of products with the head's inverse matrix in shared memory: wgmma
+// takes 16 rows from each of four warps, each of them at a page of its own of the same head, so all
+// warps walk as many pages. What comes out is turned by the token's place in the page and is at once,
+// register for register, an operand of the product with the queries, which are turned back to the
+// page's first position. Queries are two float16 numbers, neighbouring columns of B.
 //
 //   keys     A = digits [16 tokens x 16 columns],    B = matrix  [16 columns x D_K]
 //   scores   A = keys   [16 tokens x 8 pairs],       B = queries [8 pairs x 8]
 //
-// Channels are ordered so that a pair is D_K / 2 apart; tables are those of before_rope.py. TOKEN is the
-// most blocks of 16 columns that a head has. Where two sections hold digits of the same coordinates
-// (codes of 3, 5 and 6 bits), both are parts of one block.
+// Channels are ordered so that a pair is D_K / 2 apart; tables are those of before_rope.py. The first
+// block of a matrix adds what digits do not: its columns are the gain's and the mean's. TOKEN is the
+// most blocks that a head has. Where two sections hold digits of the same coordinates (codes of 3, 5
+// and 6 bits), both are parts of one block.
 
 #define GROUPS_OF_8 (D_K / 16)  // of pairs
 #define TURNS_BYTES (D_K * 256 + D_K * 2)
-#define HEAD_BYTES (TOKEN * 128 + D_K * 4 + TOKEN * D_K * 32)
+#define PLAIN (D_K + 8)  // rows of queries lie in different banks
+#define HEAD_BYTES (TOKEN * 128 + TOKEN * D_K * 32)
 
 struct Part {  // of a block of columns, 64 bytes
     u32 at, width, have, blocks;  // first byte, bits of a digit (0: no part), columns; blocks of the head
-    u32 mask[4], factor[4], addend[4];  // by quarter of the page
+    u32 mask[4], factor[4], addend[4];         // by quarter of the page
 };
 
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
@@ -31,11 +33,6 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 __device__ __forceinline__ u32 minus2(u32 a) {
     u32 y;
     asm("neg.f16x2 %0, %1;" : "=r"(y) : "r"(a));
-    return y;
-}
-__device__ __forceinline__ u32 plus2(u32 a, u32 b) {
-    u32 y;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
     return y;
 }
 __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
@@ -78,92 +75,126 @@ __device__ __forceinline__ u64 block_at(u32 address) {
     return (u64)(address >> 4) | (u64)(128 >> 4) << 16 | (u64)(256 >> 4) << 32;
 }
 
-// digits of a part as operands of the four quarters of half R of the lanes; SECOND: those of both parts
-template <int R, bool SECOND>
-__device__ __forceinline__ void digits(u32 (*a)[4], const Part* part, const u8* columns, const Lane& l) {
-    const uint4 about = *(const uint4*)part;
-    const int width = about.y, rows = 8 * width - 1;
-    const u8* words = columns + about.x;
-    const uint2 y = row_of(words, (16 * R + l.first) & rows, about.z, l.c);
-    const uint2 z = row_of(words, (16 * R + l.second) & rows, about.z, l.c);
-    const int shift = width == 4 ? 0 : 8 * R + (width == 1 ? 4 * (l.first >> 3) : 0);
-    const int upper = width == 4 ? 8 : 0;
-    const u32 x[4] = {y.x >> shift, z.x >> shift, y.y >> shift, z.y >> shift};
+#define QUARTERS 2  // that a warp takes at once, of one half of the lanes
+
+struct Words {  // of a block's parts: eight bytes of two rows
+    u32 x[2][4], width[2];
+};
+
+// words of a half of the lanes
+__device__ __forceinline__ void load_words(Words* to, const uint4* abouts, const u8* columns, int half,
+                                           const Lane& l) {
 #pragma unroll
-    for (int f = 0; f < 4; ++f) {
-        const u32 mask = part->mask[f], factor = part->factor[f], addend = part->addend[f];
+    for (int k = 0; k < 2; ++k) {
+        to->width[k] = abouts[k].y;
+        if (k && !to->width[1]) break;
+        const int rows = 8 * abouts[k].y - 1;
+        const u8* words = columns + abouts[k].x;
+        const uint2 y = row_of(words, (16 * half + l.first) & rows, abouts[k].z, l.c);
+        const uint2 z = row_of(words, (16 * half + l.second) & rows, abouts[k].z, l.c);
+        to->x[k][0] = y.x, to->x[k][1] = z.x, to->x[k][2] = y.y, to->x[k][3] = z.y;
+    }
+}
+
+// digits of a half's quarters `from` and on as operands, times the tokens' gains
+__device__ __forceinline__ void digits(u32 (*a)[4], const Words& words, const u32 (*gain)[2], const Part* part,
+                                       int half, int from, const Lane& l) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            u32 made = ((f < 2 ? x[i] : x[i] >> upper) & mask) | 0x64006400u;  // 1024 + digit
-            made = fma2(made, factor, addend);
-            a[f][i] = SECOND ? plus2(a[f][i], made) : made;
+    for (int k = 0; k < 2; ++k) {
+        const int width = words.width[k];
+        if (k && !width) break;
+        const int shift = width == 4 ? 4 * from : 8 * half + (width == 1 ? 4 * (l.first >> 3) : 0);
+        const u32 x[4] = {words.x[k][0] >> shift, words.x[k][1] >> shift, words.x[k][2] >> shift,
+                          words.x[k][3] >> shift};
+#pragma unroll
+        for (int f = 0; f < QUARTERS; ++f) {
+            const u32 mask = part[k].mask[from + f], factor = part[k].factor[from + f];
+            const u32 addend = part[k].addend[from + f];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                u32 made = (x[i] & mask) | 0x64006400u;  // 1024 + digit
+                made = fma2(made, factor, addend);
+                a[f][i] = k ? fma2(made, gain[f][i & 1], a[f][i]) : times2(made, gain[f][i & 1]);
+            }
         }
     }
 }
 
 struct Decoder {
-    const Part* parts;       // [blocks][2]
-    const uint4* constants;  // [pairs / 8][4] gain term and mean of two channels and of their partners
-    u32 matrix;              // address of [blocks][D_K / 8][2][8 channels][8 columns] float16
-    const uint4* turns;      // [half][quarter][pairs / 8][lane] cosines and sines of rows g and g + 8
+    const Part* parts;   // [blocks][2]
+    u32 matrix;          // address of [blocks][D_K / 8][2][8 channels][8 columns] float16
+    const uint4* turns;  // [half][quarter][pairs / 8][lane] cosines and sines of rows g and g + 8
 };
 
-// scores of 64 tokens for one query: s[quarter][row g, row g + 8]
-template <int R>
-__device__ __forceinline__ void add_decoded(float (*s)[2], const Decoder& by, const u8* columns,
-                                            const uint2* query, const float* gains, int lane, const Lane& l) {
-    u32 d[4][D_K / 4];
+// scores of two tiles, of a half's quarters `from` and on, for one query: s[quarter][row g, row g + 8]
+__device__ __forceinline__ void decoded(float (*s)[2], const Decoder& by, const u8* columns, const uint2* query,
+                                        const float* gains, int half, int from, int lane, const Lane& l) {
+    u32 d[QUARTERS][D_K / 4], gain[QUARTERS][2];
     const int blocks = by.parts->blocks;
-    auto block = [&](int e) {
-        u32 a[4][4];
-        const Part* part = by.parts + 2 * e;
-        digits<R, false>(a, part, columns, l);
-        if (part[1].width) digits<R, true>(a, part + 1, columns, l);
-        products_wait();
+    auto add = [&](const u32 (*a)[4], int e) {
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        const u64 from = block_at(by.matrix + e * (D_K * 32));
 #pragma unroll
-        for (int f = 0; f < 4; ++f) add_block(d[f], a[f], from, e);
+        for (int f = 0; f < QUARTERS; ++f) add_block(d[f], a[f], block_at(by.matrix + e * (D_K * 32)), e);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     };
-#pragma unroll 1
-    for (int e = 0; e < blocks; e += 2) {  // registers of one are read while the other's are made
-        block(e);
-        if (e + 1 < blocks) block(e + 1);
-    }
-    products_wait();
-    u32 gain[4][2];
+    // what a block needs is asked for while the one before is made
+    uint4 abouts[2];
+    auto look = [&](int e) {
+        const Part* part = by.parts + 2 * min(e, blocks - 1);
+        abouts[0] = *(const uint4*)part, abouts[1] = *(const uint4*)(part + 1);
+    };
+    auto add_digits = [&](int e, const Words& mine, Words* next) {
+        load_words(next, abouts, columns, half, l);
+        look(e + 2);
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the registers are free
+        u32 a[QUARTERS][4];
+        digits(a, mine, gain, by.parts + 2 * e, half, from, l);
+        add(a, e);
+    };
+    look(1);
+    u32 a[QUARTERS][4] = {};
 #pragma unroll
-    for (int f = 0; f < 4; ++f)
+    for (int f = 0; f < QUARTERS; ++f)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float x = gains[32 * f + 16 * R + (i ? l.second : l.first)];
+            float x = gains[32 * (from + f) + 16 * half + (i ? l.second : l.first)];
             gain[f][i] = half2_of(x, x);
+            a[f][i] = l.c == 0 ? half2_of(x, 1.0f) : 0;
         }
-    float sums[4][4] = {};
+    add(a, 0);
+    Words even, odd;
+    load_words(&odd, abouts, columns, half, l);
+    look(2);
+#pragma unroll 1
+    for (int e = 1; e < blocks; e += 2) {  // registers of one are read while the other's are made
+        add_digits(e, odd, &even);
+        if (e + 1 < blocks) add_digits(e + 1, even, &odd);
+    }
+    products_wait();
+    const uint4* turns = by.turns + (half * 4 + from) * (GROUPS_OF_8 * 32) + lane;
+    float sums[QUARTERS][2][4] = {};  // two chains each, as a product waits for the one before
 #pragma unroll
     for (int j = 0; j < GROUPS_OF_8; ++j) {
-        const uint4 k = by.constants[j * 4 + l.c];
         const uint2 q = query[j * 32 + lane];
 #pragma unroll
-        for (int f = 0; f < 4; ++f) {
-            const uint4 turn = by.turns[((R * 4 + f) * GROUPS_OF_8 + j) * 32 + lane];
+        for (int f = 0; f < QUARTERS; ++f) {
+            const uint4 turn = turns[(f * GROUPS_OF_8 + j) * 32];
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const u32 cosine = i ? turn.z : turn.x, sine = i ? turn.w : turn.y;
-                u32 x = fma2(d[f][2 * j + i], gain[f][i], fma2(gain[f][i], k.x, k.y));
-                u32 y = fma2(d[f][2 * (j + GROUPS_OF_8) + i], gain[f][i], fma2(gain[f][i], k.z, k.w));
+                const u32 x = d[f][2 * j + i], y = d[f][2 * (j + GROUPS_OF_8) + i];
                 a[i] = fma2(x, cosine, minus2(times2(y, sine)));
                 a[2 + i] = fma2(y, cosine, times2(x, sine));
             }
-            product(sums[f], a, q.x, q.y);
+            product(sums[f][j & 1], a, q.x, q.y);
         }
     }
 #pragma unroll
-    for (int f = 0; f < 4; ++f)
+    for (int f = 0; f < QUARTERS; ++f)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) s[f][i] = sums[f][2 * i] + sums[f][2 * i + 1];
+        for (int i = 0; i < 2; ++i)
+            s[f][i] = (sums[f][0][2 * i] + sums[f][0][2 * i + 1]) + (sums[f][1][2 * i] + sums[f][1][2 * i + 1]);
 }
 
 // queries turned back to a page's first position, as `add_decoded` takes them
@@ -171,8 +202,8 @@ __device__ __forceinline__ void turn_queries(uint2* query, const float* plain, c
                                              float position, float2* angles, int lane, const Lane& l) {
     for (int p = lane; p < D_K / 2; p += 32) angles[p] = turn_of(position * frequency[p]);
     __syncwarp();
-    const float* mine = plain + min(l.g >> 1, M - 1) * D_K;
-#pragma unroll 2
+    const float* mine = plain + min(l.g >> 1, M - 1) * PLAIN;
+#pragma unroll
     for (int j = 0; j < GROUPS_OF_8; ++j) {
         const int p = 8 * j + 2 * l.c;
         const float4 by = *(const float4*)(angles + p);
@@ -189,7 +220,7 @@ __device__ __forceinline__ void turn_queries(uint2* query, const float* plain, c
     __syncwarp();
 }
 
-// queries of a head in float32, channels in the order of pairs: [M][D_K], the largest norm's unit 256
+// queries of a head in float32, channels in the order of pairs: [M][PLAIN], the largest norm's unit 256
 __device__ __forceinline__ void load_queries(float* plain, float* units, const State* q, const int* channels,
                                              int row, int head, int query_heads, int queries, int group,
                                              int tile, float scale, float unscale) {
@@ -209,7 +240,7 @@ __device__ __forceinline__ void load_queries(float* plain, float* units, const S
         const float norm = fmaxf(sqrtf(sum), 1e-30f);
 #pragma unroll
         for (int i = 0; i < (D_K + 31) / 32; ++i)
-            if (lane + 32 * i < D_K) plain[n * D_K + lane + 32 * i] = x[i] * (256.0f / norm);
+            if (lane + 32 * i < D_K) plain[n * PLAIN + lane + 32 * i] = x[i] * (256.0f / norm);
         if (lane == 0) units[n] = norm * (1.0f / 256.0f) * unscale;
     }
 }

@@ -1,8 +1,9 @@
 """Tables of keys that were coded before RoPE, which `before_rope.cuh` decodes as it reads them.
 
 A key is `R_i (gain (sum over columns of digit column + gain term) + mean)` as seen from its page's
-first position, i its place in the page. Columns come in blocks of 16; where two sections hold digits
-of the same 16 coordinates (codes of 3, 5 and 6 bits), a block is made of both.
+first position, i its place in the page. Columns come in blocks of 16, the gain term and the mean in
+the first; where two sections hold digits of the same 16 coordinates (codes of 3, 5 and 6 bits), a
+block is made of both.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Decoder:
 
     Args:
         blocks: of columns, of the head that has most.
-        heads: uint8 `[heads, bytes]`: parts, constants and matrix, see `before_rope.cuh`.
+        heads: uint8 `[heads, bytes]`: parts and matrix, see `before_rope.cuh`.
         turns: uint8: cosines and sines of a page's tokens, and the pairs' frequencies (float32).
         channels: int32 `[dim]` the channels in the order of the tables: partners dim / 2 apart.
         exponent: the matrix and the mean are times 2^exponent.
@@ -60,7 +61,7 @@ def decoder(key: Operand) -> Decoder:
     exponent = min(int((limit / x.abs().max().clamp_min(1e-30)).log2().floor()) for limit, x in limits)
     exponent = max(-100, min(exponent, 100))
     found = [blocks(matrix[h], counts) for h, counts in enumerate(key.counts)]
-    most = max(map(len, found))
+    most = 1 + max(map(len, found))
     rows = [
         head(matrix[h] * 2.0**exponent, gain[h] * 2.0**exponent, mean[h] * 2.0**exponent,
              key.counts[h], found[h], most)
@@ -72,7 +73,7 @@ def decoder(key: Operand) -> Decoder:
         turns(rope, dim).to(device),
         channels.int(),
         exponent,
-        tuple(map(len, found)),
+        tuple(1 + len(x) for x in found),
     )
 
 
@@ -126,19 +127,19 @@ def blocks(matrix: Tensor, counts: tuple[int, int, int]) -> list[list[tuple[Part
             else:
                 found.append([(part, 1.0)])
         column += count
-    return found or [[]]
+    return found
 
 
 def head(
     matrix: Tensor, gain: Tensor, mean: Tensor, counts: tuple[int, int, int],
     found: list[list[tuple[Part, float]]], most: int,
 ) -> Tensor:  # fmt: skip
-    """A head's tables as bytes: parts, constants and matrix of `most` blocks."""
+    """A head's tables as bytes: parts and matrix of `most` blocks."""
     dim = len(matrix)
     bytes_before = [0, *torch.tensor([c * w * 16 for c, w in zip(counts, SECTIONS, strict=True)]).cumsum(0).tolist()]
     parts = torch.zeros(most, 2, 16, dtype=torch.int32)
     operand = torch.zeros(most, CHUNK, dim, dtype=torch.float64)
-    for e, block in enumerate(found):
+    for e, block in enumerate(found, 1):
         for i, (part, factor) in enumerate(block):
             at = bytes_before[part.section] + part.first * part.width * 16
             parts[e, i, :4] = torch.tensor([at, part.width, part.count, 0])
@@ -147,14 +148,11 @@ def head(
             gain = gain + columns.sum(0) * 2 ** (part.width - 1)  # digits are about zero
             if i == 0:
                 operand[e, : part.count] = columns
-    parts[0, 0, 3] = len(found)
-    if not found[0]:  # a head without columns: a block of digits that are zero
-        parts[0, 0, :4] = torch.tensor([0, 4, CHUNK, 1])
+    parts[0, 0, 3] = 1 + len(found)
+    operand[0, 0], operand[0, 1] = gain, mean
     operand = operand[:, list(ORDER)].unflatten(1, (2, 8)).unflatten(3, (dim // 8, 8))
     operand = operand.permute(0, 3, 1, 4, 2)  # block, channels / 8, columns / 8, channel, column
-    constants = torch.stack((gain, mean)).unflatten(1, (2, dim // 16, 4, 2))
-    constants = constants.permute(2, 3, 1, 0, 4)  # pairs / 8, thread, partner, which, channel
-    whole = [parts, constants.to(torch.float16), operand.to(torch.float16)]
+    whole = [parts, operand.to(torch.float16)]
     return torch.cat([x.contiguous().flatten().view(torch.uint8) for x in whole])
 
 
@@ -193,8 +191,8 @@ def turns(rope: Rope, dim: int) -> Tensor:
 
 def nbytes(blocks: int, dim: int, m: int) -> int:
     """Shared memory of a program for the tables, its queries and their units."""
-    heads = blocks * 128 + dim * 4 + blocks * dim * 32
-    return dim * 256 + dim * 2 + heads + m * dim * 4 + 32
+    heads = blocks * 128 + blocks * dim * 32
+    return dim * 256 + dim * 2 + heads + m * (dim + 8) * 4 + 32
 
 
 def _check(key: Operand, dim: int) -> None:
