@@ -23,7 +23,7 @@ TILE = 4
 #: warps of a multiprocessor: codes of one width, which are no faster with more, and others
 WARPS = 8, 12
 #: warps of a program: those that make most; where keys are decoded
-WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (12, 8, 4)
+WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (8, 4)
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
 OVER = 0.7
@@ -367,7 +367,8 @@ def attend(
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]
     sizes = exact_cost(layer), inverse(programs), cut.warp, cut.sums_at
-    kernel((programs, 1, 1), 32 * cut.warps, [*arguments, *sizes], cut.total)
+    warps = cut.warps + (before_rope.BRINGERS if layer.decoder is not None else 0)
+    kernel((programs, 1, 1), 32 * warps, [*arguments, *sizes], cut.total)
 
 
 def exact_cost(layer: Any) -> int:

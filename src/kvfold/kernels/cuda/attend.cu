@@ -400,6 +400,9 @@ __device__ __forceinline__ float soft_cap(float s, float cap) {
 
 #if TOKEN
 #include "before_rope.cuh"
+#define THREADS (32 * (WARPS + BRINGERS))
+#else
+#define THREADS (32 * WARPS)
 #endif
 
 // --- exact tokens --------------------------------------------------------------------------------
@@ -506,7 +509,166 @@ __device__ __noinline__ void attend_exact(
 
 // --- pages ---------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
+// where a warp is; it lies in shared memory, as registers are few
+struct Walk {
+    u32 begin, end, line_begin, line_cost;
+    int row, tile, head, pages;
+    int k4, k2, k1, v4, v2, v1;  // columns of the head
+    u32 key_bytes, value_bytes;  // that copies bring
+    u32 done;                    // pages of the warp
+};
+
+// pages of the place that are the program's, from `low` on
+__device__ __forceinline__ void pages_of(const Walk* walk, const int* costs, int* low, int* high) {
+    const u32 begin = walk->line_begin + costs[walk->head] * walk->pages;
+    const u32 cost = costs[walk->head + 1] - costs[walk->head];
+    *low = walk->begin > begin ? (walk->begin - begin) / cost : 0;
+    *high = min((walk->end - begin) / cost, (u32)walk->pages);
+}
+__device__ __forceinline__ bool is_last(const Walk* walk, const int* costs) {
+    return walk->end <= walk->line_begin + costs[walk->head + 1] * walk->pages;
+}
+// on to the next place, of which there is one
+__device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, u32 all_costs, int lane) {
+    if (lane == 0) {
+        Walk w = *walk;
+        if (++w.head == HEADS) {
+            w.head = 0, w.line_begin += w.line_cost;
+            if (++w.tile == tiles) {
+                w.tile = 0;
+                do w.pages = folded[++w.row];
+                while (!w.pages);
+                w.line_cost = w.pages * all_costs;
+            }
+        }
+        *walk = w;
+    }
+    __syncwarp();
+}
+
+// places in a warp's part of shared memory
+#define EXTRA_AT 128  // copies to whole lines are much faster
+#define K_EXTRA (K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0)
+// behind the queries of whole keys: what is added to their sums, and their unit, [4][2]
+#define Q_BYTES (WHOLE_KEYS ? KC * 128 + 32 : KC * 16 * M * 2)
+#define QUERY_AT (EXTRA_AT + K_EXTRA)
+#define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 16 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0))
+#define V_EXTRA (BLOCK * V_GAIN * V_GROUPS)
+#define COLUMNS_AT (MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0))
+
+// what each lane copies of a page: keys' parts lanes 0 to 6, values' 8 to 12
+struct Copies {
+    u32 from, to, key_bytes, value_bytes;
+    u64 other;   // where the part is not in the page: its first byte, and bytes a page
+    u32 stride;
+    int values_at;
+    bool apart;  // values lie behind keys, or over them where a head has more than most
+};
+
+__device__ __forceinline__ Copies copies_of(Walk* walk, const int* heads, int sums_at, const u8* q,
+                                            const u8* means, u64 first_page, int lane) {
+    const int head = walk->head;
+    const int* about = heads + head * 16;
+    const int k4 = about[6], k2 = about[7], k1 = about[8], v4 = about[9], v2 = about[10], v1 = about[11];
+    u32 weights_at = v4 * 64 + v2 * 32 + v1 * 16, bytes = 0;
+    const int behind = COLUMNS_AT + (k4 * 64 + k2 * 32 + k1 * 16 + 127) / 128 * 128;
+    const int last = (sums_at - (int)weights_at - V_EXTRA - (V_OFFSET ? BLOCK * 2 * V_GROUPS : 0)) / 128 * 128;
+    Copies c{};
+    c.apart = behind <= last;
+    c.values_at = c.apart ? behind : last;
+    if (lane == 0) c.from = about[0] * 2, c.to = COLUMNS_AT, bytes = k4 * 64;
+    if (lane == 1) c.from = about[1] * 2, c.to = COLUMNS_AT + k4 * 64, bytes = k2 * 32;
+    if (lane == 2) c.from = about[2] * 2, c.to = COLUMNS_AT + k4 * 64 + k2 * 32, bytes = k1 * 16;
+    const int ZEROS = SEGMENTS > 1 ? K_EXTRA / 2 : 0;  // bytes of a page's zero points
+    if (lane == 3) c.from = K_GAIN ? about[12] : about[15], c.to = EXTRA_AT, bytes = K_EXTRA - ZEROS;
+    if (lane == 6) c.from = ZERO_AT + head * ZEROS, c.to = EXTRA_AT + ZEROS, bytes = ZEROS;
+    if (PAGED && lane == 4) {
+        c.other = (u64)q + first_page * Q_BYTES, c.stride = Q_BYTES;
+        c.to = QUERY_AT, bytes = Q_BYTES;
+    }
+    if (MEAN && lane == 5) {
+        c.stride = BLOCK * MEAN_N * 2, c.other = (u64)means + first_page * c.stride;
+        c.to = MEANS_AT, bytes = c.stride;
+    }
+    if (lane == 8) c.from = about[3] * 2, c.to = c.values_at, bytes = v4 * 64;
+    if (lane == 9) c.from = about[4] * 2, c.to = c.values_at + v4 * 64, bytes = v2 * 32;
+    if (lane == 10) c.from = about[5] * 2, c.to = c.values_at + v4 * 64 + v2 * 32, bytes = v1 * 16;
+    if (lane == 11) c.from = about[13], c.to = c.values_at + weights_at, bytes = V_EXTRA;
+    if (V_OFFSET && lane == 12)
+        c.from = about[14], c.to = c.values_at + weights_at + V_EXTRA, bytes = BLOCK * 2 * V_GROUPS;
+    c.key_bytes = lane < 8 ? bytes : 0, c.value_bytes = lane < 8 ? 0 : bytes;
+    const u32 all_keys = __reduce_add_sync(0xffffffffu, c.key_bytes);
+    const u32 all_values = __reduce_add_sync(0xffffffffu, c.value_bytes);
+    if (lane == 0) {
+        walk->k4 = k4, walk->k2 = k2, walk->k1 = k1, walk->v4 = v4, walk->v2 = v2, walk->v1 = v1;
+        walk->key_bytes = all_keys, walk->value_bytes = all_values;
+    }
+    __syncwarp();
+    return c;
+}
+
+#if TOKEN
+// Copies of the pages of WARPS / BRINGERS warps, by a warp that does nothing else. Its barriers lie in
+// their parts: of keys and of values that have come, and of those that have been used.
+__device__ __forceinline__ void bring(Walk* walk, const int* heads, const int* costs, const int* folded,
+                                      const int* table, const int* block, const int* first_position,
+                                      const u64* slabs, int capacity, int slab_pages, int page_bytes,
+                                      int sinks, int tiles, u32 all_costs, int sums_at, u8* warps,
+                                      int warp_bytes, int bringer, int lane) {
+    const int EACH = WARPS / BRINGERS;
+    u32 brought[EACH] = {};
+    while (true) {
+        int low, high;
+        pages_of(walk, costs, &low, &high);
+        const Copies c = copies_of(walk, heads, sums_at, nullptr, nullptr, 0, lane);
+        const u64 row_at = (u64)walk->row * capacity;
+        const int start = first_position[walk->row] + sinks;
+        // pages low + 32 k and on, one a lane
+        u64 held = 0;
+        int held_block = 0;
+        for (int base = low; base < high; base += WARPS) {
+            if ((base - low) % 32 == 0) {
+                const int page = min(base + lane, high - 1), number = table[row_at + page];
+                held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
+                held_block = block[row_at + page];
+            }
+#pragma unroll
+            for (int side = 0; side < 2; ++side)
+#pragma unroll
+                for (int i = 0; i < EACH; ++i) {
+                    const int warp = bringer * EACH + i, page = base + warp;
+                    if (page >= high) continue;
+                    const u64 address = __shfl_sync(0xffffffffu, held, (page - low) & 31) + c.from;
+                    const int at = __shfl_sync(0xffffffffu, held_block, (page - low) & 31);
+                    u8* theirs = warps + warp * warp_bytes;
+                    const u32 barrier = shared_address(theirs), to = barrier + c.to;
+                    const u32 before = (brought[i] & 1) ^ 1;
+                    if (side == 0) {
+                        wait(barrier + 16, before);
+                        if (!c.apart || base == low) wait(barrier + 24, before);  // where they are now
+                        if (lane == 0) {
+                            *(float*)(theirs + POSITION_AT) = (float)(start + at * BLOCK);
+                            expect(barrier, walk->key_bytes);
+                        }
+                        __syncwarp();
+                        if (c.key_bytes) copy(to, address, c.key_bytes, barrier);
+                    } else {
+                        wait(barrier + 24, before);
+                        if (!c.apart) wait(barrier + 16, before ^ 1);
+                        if (lane == 0) expect(barrier + 8, walk->value_bytes);
+                        __syncwarp();
+                        if (c.value_bytes) copy(to, address, c.value_bytes, barrier + 8);
+                        ++brought[i];
+                    }
+                }
+        }
+        if (is_last(walk, costs)) return;
+        go_on(walk, folded, tiles, all_costs, lane);
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const int* heads, const int* costs, const int* folded, const int* table, const u64* slabs, int capacity,
     int slab_pages, int page_bytes, const u8* q, const u8* means,
     const State* raw_q, const State* keys, const State* values, const int* tokens,
@@ -529,16 +691,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
 
     // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
     // columns of keys and then of values, sums (before them: queries and weights of exact tokens)
-    const int K_EXTRA = K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0;
-    // behind the queries of whole keys: what is added to their sums, and their unit, [4][2]
-    const int Q_BYTES = WHOLE_KEYS ? KC * 128 + 32 : KC * 16 * M * 2;
-    const int EXTRA_AT = 128;  // copies to whole lines are much faster
-    const int QUERY_AT = EXTRA_AT + K_EXTRA;
-    const int MEANS_AT = QUERY_AT + (TOKEN ? D_K * 16 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0);
-    const int COLUMNS_AT = MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0);
 #if TOKEN  // of all warps: turns, the head's tables, its queries and their units
     const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, UNITS_AT = PLAIN_AT + M * PLAIN * 4;
-    const int WARPS_AT = (UNITS_AT + 32 + 127) / 128 * 128;
+    const int WARPS_AT = (UNITS_AT + 32 + BRINGERS * 128 + 127) / 128 * 128;
     float *plain = (float*)(shared + PLAIN_AT), *units = (float*)(shared + UNITS_AT);
     const u32 head_barrier = shared_address(units + 4);
     u32 places = 0;  // that the program has begun
@@ -550,7 +705,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
 #endif
     const u32 ENDS = VC * 16 * 4 * 4;
     u8* shared_q = shared;
+#if TOKEN
+    const bool brings = warp >= WARPS;
+    u8* mine = brings ? shared + UNITS_AT + 32 + (warp - WARPS) * 128 : shared + WARPS_AT + warp * warp_bytes;
+    auto together = [] { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); };
+    auto used = [&](u32 barrier) {
+        if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    };
+#else
     u8* mine = shared + WARPS_AT + warp * warp_bytes;
+    auto together = [] { __syncthreads(); };
+#endif
     u32 key_barrier = shared_address(mine), value_barrier = key_barrier + 8;
     u8* columns_in = mine + COLUMNS_AT;
     float* sums_in = (float*)(mine + sums_at);
@@ -559,6 +724,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
     if (lane == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(key_barrier));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(value_barrier));
+        if (TOKEN) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(key_barrier + 16));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(value_barrier + 16));
+        }
         asm volatile("fence.mbarrier_init.release.cluster;");
         asm volatile("fence.proxy.async.shared::cta;");
     }
@@ -588,14 +757,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         }
         row_begin += here;
     }
-    // where it is lies in shared memory, as registers are few: behind the barriers of each warp
-    struct Walk {
-        u32 begin, end, line_begin, line_cost;
-        int row, tile, head, pages;
-        int k4, k2, k1, v4, v2, v1;      // columns of the head
-        u32 key_bytes, value_bytes;  // that copies bring
-        u32 done;                    // pages of the warp
-    };
     Walk* walk = (Walk*)(mine + 32);
     {
         u32 line_cost = pages * all_costs;
@@ -606,77 +767,43 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         __syncwarp();
     }
 
+#if TOKEN
+    __syncthreads();  // the barriers are there
+    if (brings) {
+        if (WARPS > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (any)
+            bring(walk, heads, costs, folded, table, block, first_position, slabs, capacity, slab_pages,
+                  page_bytes, sinks, tiles, all_costs, sums_at, shared + WARPS_AT, warp_bytes, warp - WARPS, lane);
+        return;
+    }
+    if (WARPS > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+#endif
+
     bool first = true;
     while (any || first) {
         const int head = walk->head;
         int low = 0, high = 0;
-        {
-            const u32 place_begin = walk->line_begin + costs[head] * walk->pages;
-            const u32 page_cost = costs[head + 1] - costs[head], from = walk->begin, to = walk->end;
-            if (any && from > place_begin) low = (from - place_begin) / page_cost;
-            if (any) high = min((to - place_begin) / page_cost, (u32)walk->pages);
-        }
+        if (any) pages_of(walk, costs, &low, &high);
         const int row = walk->row, place = (row * tiles + walk->tile) * HEADS + head;
 
-        const int* about = heads + head * 16;
-        const int k4 = about[6], k2 = about[7], k1 = about[8], v4 = about[9], v2 = about[10], v1 = about[11];
-        // what each lane copies of a page: keys' parts by lanes 0 to 6, values' by 8 to 12
-        u32 from = 0, to = 0, bytes = 0;
-        u64 other = 0;  // where the part is not in the page: its first byte, and bytes a page
-        u32 stride = 0;
-        u32 weights_at = v4 * 64 + v2 * 32 + v1 * 16;
-        const int V_EXTRA = BLOCK * V_GAIN * V_GROUPS;
-        // values lie behind keys, or over them where a head has more than most: there they come later
-        const int behind = COLUMNS_AT + (k4 * 64 + k2 * 32 + k1 * 16 + 127) / 128 * 128;
-        const int last = (sums_at - (int)weights_at - V_EXTRA - (V_OFFSET ? BLOCK * 2 * V_GROUPS : 0)) / 128 * 128;
-        const bool apart = behind <= last;
-        const int values_at = apart ? behind : last;
-        if (lane == 0) from = about[0] * 2, to = COLUMNS_AT, bytes = k4 * 64;
-        if (lane == 1) from = about[1] * 2, to = COLUMNS_AT + k4 * 64, bytes = k2 * 32;
-        if (lane == 2) from = about[2] * 2, to = COLUMNS_AT + k4 * 64 + k2 * 32, bytes = k1 * 16;
-        const int ZEROS = SEGMENTS > 1 ? K_EXTRA / 2 : 0;  // bytes of a page's zero points
-        if (lane == 3) from = K_GAIN ? about[12] : about[15], to = EXTRA_AT, bytes = K_EXTRA - ZEROS;
-        if (lane == 6) from = ZERO_AT + head * ZEROS, to = EXTRA_AT + ZEROS, bytes = ZEROS;
-        if (PAGED && lane == 4) {
-            other = (u64)q + (u64)place * capacity * Q_BYTES, stride = Q_BYTES;
-            to = QUERY_AT, bytes = Q_BYTES;
-        }
-        if (MEAN && lane == 5) {
-            stride = BLOCK * MEAN_N * 2, other = (u64)means + (u64)place * capacity * stride;
-            to = MEANS_AT, bytes = stride;
-        }
-        if (lane == 8) from = about[3] * 2, to = values_at, bytes = v4 * 64;
-        if (lane == 9) from = about[4] * 2, to = values_at + v4 * 64, bytes = v2 * 32;
-        if (lane == 10) from = about[5] * 2, to = values_at + v4 * 64 + v2 * 32, bytes = v1 * 16;
-        if (lane == 11) from = about[13], to = values_at + weights_at, bytes = V_EXTRA;
-        if (V_OFFSET && lane == 12) from = about[14], to = values_at + weights_at + V_EXTRA, bytes = BLOCK * 2 * V_GROUPS;
-        u32 key_bytes = lane < 8 ? bytes : 0, value_bytes = lane < 8 ? 0 : bytes;
-        to += shared_address(mine);
-        {
-            u32 all_keys = __reduce_add_sync(0xffffffffu, key_bytes);
-            u32 all_values = __reduce_add_sync(0xffffffffu, value_bytes);
-            if (lane == 0) {
-                walk->k4 = k4, walk->k2 = k2, walk->k1 = k1, walk->v4 = v4, walk->v2 = v2, walk->v1 = v1;
-                walk->key_bytes = all_keys, walk->value_bytes = all_values;
-            }
-            __syncwarp();
-        }
-
+        Copies c = copies_of(walk, heads, sums_at, q, means, (u64)place * capacity, lane);
+        c.to += shared_address(mine);
+        const bool apart = c.apart;
         auto fetch_values = [&](u64 address) {
             if (lane == 0) expect(value_barrier, walk->value_bytes);
             __syncwarp();
-            if (value_bytes) copy(to, address + from, value_bytes, value_barrier);
+            if (c.value_bytes) copy(c.to, address + c.from, c.value_bytes, value_barrier);
         };
         auto fetch_columns = [&](u64 address) {
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
-            if (lane < 3 && key_bytes) copy(to, address + from, key_bytes, key_barrier);
+            if (lane < 3 && c.key_bytes) copy(c.to, address + c.from, c.key_bytes, key_barrier);
         };
         auto fetch_extras = [&](int page, u64 address) {
-            if (lane >= 3 && key_bytes)
-                copy(to, other ? other + (u64)page * stride : address + from, key_bytes, key_barrier);
+            if (lane >= 3 && c.key_bytes)
+                copy(c.to, c.other ? c.other + (u64)page * c.stride : address + c.from, c.key_bytes, key_barrier);
         };
-        const u8* values_in = mine + values_at;
+        const u8* values_in = mine + c.values_at;
         float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
         auto find_terms = [&](const u8* queries) {
             float2 x = ((const float2*)(queries + KC * 128))[query];
@@ -684,22 +811,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         };
         // addresses of the warp's next pages, one a lane, page p's in lane p / WARPS % 32
         u64 held = 0;
-        int held_block = 0;  // which of its row each is
         auto hold = [&](int page) {
             int mine = min(page + WARPS * max(lane - (page / WARPS & 31), 0), high - 1);
             int number = table[(u64)walk->row * capacity + mine];
             held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
-            if (TOKEN) held_block = block[(u64)walk->row * capacity + mine];
         };
 
         int page = low + warp;
         u64 next = 0;
-        if (page < high) {  // what does not come from the launch before
+        if (!TOKEN && page < high) {  // what does not come from the launch before
             hold(page);
             next = __shfl_sync(0xffffffffu, held, page / WARPS & 31);
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
-            if (key_bytes && !other) copy(to, next + from, key_bytes, key_barrier);
+            if (c.key_bytes && !c.other) copy(c.to, next + c.from, c.key_bytes, key_barrier);
             if (apart) fetch_values(next);
         }
         if (first) {
@@ -716,7 +841,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         first = false;
         if (!any) break;
 #if TOKEN
-        __syncthreads();  // the barrier is there, and nobody reads the tables of the head before
+        together();  // nobody reads the tables of the head before
         if (threadIdx.x == 0) {
             const u32 shared_turns = shared_address(shared);
             asm volatile("fence.proxy.async.shared::cta;");
@@ -726,7 +851,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
         }
         load_queries(plain, units, raw_q, channels, row, head, query_heads, queries, group, walk->tile,
                      scale, (float)unscale);
-        const float start = (float)(first_position[row] + sinks);
         wait(head_barrier, places++ & 1);
 #else
         if (!PAGED)
@@ -734,17 +858,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
                 ((uint4*)shared_q)[i] = ((const uint4*)(q + (u64)place * Q_BYTES))[i];
 #endif
         for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
-        if (page < high) {
-            if (key_bytes && other) copy(to, other + (u64)page * stride, key_bytes, key_barrier);
+        if (!TOKEN && page < high) {
+            if (c.key_bytes && c.other) copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
         }
-        __syncthreads();
+        together();
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
         // products of keys take pages of four warps at once: all walk as many
         for (; page - (TOKEN ? warp : 0) < high; page += WARPS) {
             const u64 address = next;
-            const int block_here = TOKEN ? __shfl_sync(0xffffffffu, held_block, page / WARPS & 31) : 0;
-            if (page + WARPS < high) {
+            if (!TOKEN && page + WARPS < high) {
                 const int at = (page + WARPS) / WARPS & 31;
                 if (!at) hold(page + WARPS);
                 next = __shfl_sync(0xffffffffu, held, at);
@@ -758,18 +881,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
 #if TOKEN
             uint2* query_in = (uint2*)(mine + QUERY_AT);
             turn_queries(query_in, plain, (const float*)(shared + D_K * 256),
-                         start + (float)block_here * BLOCK, (float2*)room, lane, l);
+                         *(const float*)(mine + POSITION_AT), (float2*)room, lane, l);
             float w[2][4][2];
             numbers<1, 1>(w, steps, 0, room, l);
 #pragma unroll 1
-            for (int part = 0; part < 4; ++part) {  // the code of one part fits into the instruction cache
+            for (int part = 0; part < 8 / QUARTERS; ++part) {
                 float made[QUARTERS][2];
-                decoded(made, decoder, columns_in, query_in, room, part >> 1, part & 1 ? QUARTERS : 0, lane, l);
+                decoded(made, decoder, columns_in, query_in, room, part * QUARTERS / 4, part * QUARTERS % 4, lane, l);
 #pragma unroll
-                for (int f = 0; f < 4; ++f)
+                for (int f = 0; f < 8; ++f)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (part == f) s[f >> 1][2 * (f & 1) + i / 2][i & 1] = made[i / 2][i & 1];
+                    for (int i = 0; i < 2; ++i)
+                        if (part == f / QUARTERS) s[f / 4][f % 4][i] = made[f % QUARTERS][i];
             }
             if (page >= high) break;
 #else
@@ -788,8 +911,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
             }
 #endif
             __syncwarp();
+#if TOKEN
+            used(key_barrier + 16);
+#else
             if (!apart) fetch_values(address);
             else if (page + WARPS < high) fetch_columns(next);
+#endif
             if (WHOLE_KEYS) find_terms(queries_in);
 #if TOKEN
             q_unit = units[query];
@@ -818,7 +945,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
                         top = fmaxf(top, x);
                     }
             __syncwarp();
-            if (page + WARPS < high) fetch_extras(page + WARPS, next);
+            if (!TOKEN && page + WARPS < high) fetch_extras(page + WARPS, next);
             for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
             top = fmaxf(top, m);
             float alpha = exp2_(m - top), sum = 0.0f;
@@ -938,10 +1065,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
             __syncwarp();
             if (lane == 0) ++walk->done;
             __syncwarp();
+#if TOKEN
+            used(value_barrier + 16);
+#else
             if (page + WARPS < high) {
                 if (apart) fetch_values(next);
                 else fetch_columns(next);
             }
+#endif
         }
 
         // the warps of an item merge as splits do
@@ -957,7 +1088,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
             for (int k = 0; k < V_GROUPS; ++k)
                 if (V_OFFSET) ends[(2 + V_GROUPS + k) * 4 + l.c] = offset_sum[k];
         }
-        __syncthreads();
+        together();
         const u8* all = shared + WARPS_AT + sums_at;
         const u64 record = blockIdx.x + (walk->row * tiles + walk->tile) * HEADS + walk->head;
         float* state = states + record * (STATE * M);
@@ -1000,21 +1131,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) attend(
                 total[n * (VC * 16) + column] = there ? x : 0.0f;
             }
         }
-        if (walk->end <= walk->line_begin + costs[head + 1] * walk->pages) break;
-        __syncthreads();  // sums are read
-        if (lane == 0) {
-            Walk w = *walk;
-            if (++w.head == HEADS) {
-                w.head = 0, w.line_begin += w.line_cost;
-                if (++w.tile == tiles) {
-                    w.tile = 0;
-                    do w.pages = folded[++w.row];
-                    while (!w.pages);  // there are pages, as this program's end has not come
-                    w.line_cost = w.pages * all_costs;
-                }
-            }
-            *walk = w;
-        }
-        __syncwarp();
+        if (is_last(walk, costs)) break;
+        together();  // sums are read
+        go_on(walk, folded, tiles, all_costs, lane);
     }
 }

@@ -17,6 +17,8 @@
 
 #define GROUPS_OF_8 (D_K / 16)  // of pairs
 #define TURNS_BYTES (D_K * 256 + D_K * 2)
+#define BRINGERS 4      // warps that copy pages for the others
+#define POSITION_AT 112  // of a page's first token, in a warp's part
 #define PLAIN (D_K + 8)  // rows of queries lie in different banks
 #define HEAD_BYTES (TOKEN * 128 + TOKEN * D_K * 32)
 
@@ -75,47 +77,28 @@ __device__ __forceinline__ u64 block_at(u32 address) {
     return (u64)(address >> 4) | (u64)(128 >> 4) << 16 | (u64)(256 >> 4) << 32;
 }
 
-#define QUARTERS 2  // that a warp takes at once, of one half of the lanes
+#define QUARTERS 4  // that a warp takes at once, of one half of the lanes
 
-struct Words {  // of a block's parts: eight bytes of two rows
-    u32 x[2][4], width[2];
-};
-
-// words of a half of the lanes
-__device__ __forceinline__ void load_words(Words* to, const uint4* abouts, const u8* columns, int half,
-                                           const Lane& l) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        to->width[k] = abouts[k].y;
-        if (k && !to->width[1]) break;
-        const int rows = 8 * abouts[k].y - 1;
-        const u8* words = columns + abouts[k].x;
-        const uint2 y = row_of(words, (16 * half + l.first) & rows, abouts[k].z, l.c);
-        const uint2 z = row_of(words, (16 * half + l.second) & rows, abouts[k].z, l.c);
-        to->x[k][0] = y.x, to->x[k][1] = z.x, to->x[k][2] = y.y, to->x[k][3] = z.y;
-    }
-}
-
-// digits of a half's quarters `from` and on as operands, times the tokens' gains
-__device__ __forceinline__ void digits(u32 (*a)[4], const Words& words, const u32 (*gain)[2], const Part* part,
+// digits of a part, of a half's quarters `from` and on, as operands times the tokens' gains; SECOND: added
+template <bool SECOND>
+__device__ __forceinline__ void digits(u32 (*a)[4], const u32 (*gain)[2], const Part* part, const u8* columns,
                                        int half, int from, const Lane& l) {
+    const uint4 about = *(const uint4*)part;
+    const int width = about.y, rows = 8 * width - 1;
+    const u8* words = columns + about.x;
+    const uint2 y = row_of(words, (16 * half + l.first) & rows, about.z, l.c);
+    const uint2 z = row_of(words, (16 * half + l.second) & rows, about.z, l.c);
+    const int shift = width == 4 ? 4 * from : 8 * half + (width == 1 ? 4 * (l.first >> 3) : 0);
+    const int upper = QUARTERS > 2 && width == 4 ? 8 : 0;
+    const u32 x[4] = {y.x >> shift, z.x >> shift, y.y >> shift, z.y >> shift};
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        const int width = words.width[k];
-        if (k && !width) break;
-        const int shift = width == 4 ? 4 * from : 8 * half + (width == 1 ? 4 * (l.first >> 3) : 0);
-        const u32 x[4] = {words.x[k][0] >> shift, words.x[k][1] >> shift, words.x[k][2] >> shift,
-                          words.x[k][3] >> shift};
+    for (int f = 0; f < QUARTERS; ++f) {
+        const u32 mask = part->mask[from + f], factor = part->factor[from + f], addend = part->addend[from + f];
 #pragma unroll
-        for (int f = 0; f < QUARTERS; ++f) {
-            const u32 mask = part[k].mask[from + f], factor = part[k].factor[from + f];
-            const u32 addend = part[k].addend[from + f];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                u32 made = (x[i] & mask) | 0x64006400u;  // 1024 + digit
-                made = fma2(made, factor, addend);
-                a[f][i] = k ? fma2(made, gain[f][i & 1], a[f][i]) : times2(made, gain[f][i & 1]);
-            }
+        for (int i = 0; i < 4; ++i) {
+            u32 made = ((f < 2 ? x[i] : x[i] >> upper) & mask) | 0x64006400u;  // 1024 + digit
+            made = fma2(made, factor, addend);
+            a[f][i] = SECOND ? fma2(made, gain[f][i & 1], a[f][i]) : times2(made, gain[f][i & 1]);
         }
     }
 }
@@ -137,21 +120,14 @@ __device__ __forceinline__ void decoded(float (*s)[2], const Decoder& by, const 
         for (int f = 0; f < QUARTERS; ++f) add_block(d[f], a[f], block_at(by.matrix + e * (D_K * 32)), e);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     };
-    // what a block needs is asked for while the one before is made
-    uint4 abouts[2];
-    auto look = [&](int e) {
-        const Part* part = by.parts + 2 * min(e, blocks - 1);
-        abouts[0] = *(const uint4*)part, abouts[1] = *(const uint4*)(part + 1);
-    };
-    auto add_digits = [&](int e, const Words& mine, Words* next) {
-        load_words(next, abouts, columns, half, l);
-        look(e + 2);
+    auto add_digits = [&](int e) {
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the registers are free
         u32 a[QUARTERS][4];
-        digits(a, mine, gain, by.parts + 2 * e, half, from, l);
+        const Part* part = by.parts + 2 * e;
+        digits<false>(a, gain, part, columns, half, from, l);
+        if (part[1].width) digits<true>(a, gain, part + 1, columns, half, from, l);
         add(a, e);
     };
-    look(1);
     u32 a[QUARTERS][4] = {};
 #pragma unroll
     for (int f = 0; f < QUARTERS; ++f)
@@ -162,13 +138,10 @@ __device__ __forceinline__ void decoded(float (*s)[2], const Decoder& by, const 
             a[f][i] = l.c == 0 ? half2_of(x, 1.0f) : 0;
         }
     add(a, 0);
-    Words even, odd;
-    load_words(&odd, abouts, columns, half, l);
-    look(2);
 #pragma unroll 1
     for (int e = 1; e < blocks; e += 2) {  // registers of one are read while the other's are made
-        add_digits(e, odd, &even);
-        if (e + 1 < blocks) add_digits(e + 1, even, &odd);
+        add_digits(e);
+        if (e + 1 < blocks) add_digits(e + 1);
     }
     products_wait();
     const uint4* turns = by.turns + (half * 4 + from) * (GROUPS_OF_8 * 32) + lane;

@@ -21,7 +21,8 @@ HEAD_DIMS = 64, 80, 96, 128
 ORDER = tuple(4 * c + 2 * half + i for half in range(2) for c in range(4) for i in range(2))
 #: the largest entries of the matrix and of the mean: products with digits and gains stay finite
 LARGEST, LARGEST_MEAN = 2.0**-4, 2.0**13
-TILES = 8  #: of 16 tokens in a page
+#: warps of a program that bring pages to the others
+BRINGERS = 4
 
 
 @dataclass
@@ -190,9 +191,9 @@ def turns(rope: Rope, dim: int) -> Tensor:
 
 
 def nbytes(blocks: int, dim: int, m: int) -> int:
-    """Shared memory of a program for the tables, its queries and their units."""
+    """Shared memory of a program for the tables, its queries, their units, and `BRINGERS` walks."""
     heads = blocks * 128 + blocks * dim * 32
-    return dim * 256 + dim * 2 + heads + m * (dim + 8) * 4 + 32
+    return dim * 256 + dim * 2 + heads + m * (dim + 8) * 4 + 32 + BRINGERS * 128
 
 
 def _check(key: Operand, dim: int) -> None:

@@ -257,7 +257,7 @@ def _lower(store: LayerStore) -> Layer:
     if decoder is None:
         columns = [150 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
     else:
-        columns = [250 + 48 * n + sum(value.counts[h]) for h, n in enumerate(decoder.counts)]
+        columns = [110 + 64 * n + sum(value.counts[h]) // 2 for h, n in enumerate(decoder.counts)]
     cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
     costs = torch.tensor([sum(cost[:h]) for h in range(heads + 1)], dtype=torch.int32)
     layer = Layer(
