@@ -82,7 +82,7 @@ def test_keys_come_out_of_the_tables(name, dim, pairs, turned, tables):
     operand = lower_keys(codec, per_token=True)
     by = before_rope.decoder(operand)
     tables = by.heads.shape[1] + len(by.turns)
-    assert before_rope.nbytes(by.blocks, dim, 4) == tables + (dim + 8) * 16 + 32 + 4 * 128
+    assert before_rope.nbytes(by.blocks, dim, 4) == tables + (dim + 8) * 16 + 32 + 4 * (128 + dim * 4)
     wanted = codec.decode(codec.layout.split(page[None]), positions)[0][..., by.channels.long()]
     for h in range(HEADS):
         found = read(page, operand, by, h)

@@ -247,7 +247,7 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     )
     # a step and a zero point for each segment and channel, or a gain a token
     extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
-    of_page = up(q, 128) * c["PAGED"] if layer.decoder is None else 16 * layer.key_dim
+    of_page = up(q, 128) * c["PAGED"] if layer.decoder is None else 8 * layer.key_dim
     columns_at = 128 + extra + of_page + BLOCK * mean_n * 2 * c["MEAN"]
     weights = BLOCK * c["V_GROUPS"] * (c["V_GAIN"] + 2 * c["V_OFFSET"])
     # values behind keys, or over them: of a section's last chunks what lies behind them is read too

@@ -79,6 +79,13 @@ __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
+__device__ __forceinline__ void expect_more(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -398,13 +405,6 @@ __device__ __forceinline__ float soft_cap(float s, float cap) {
     return cap - 2.0f * cap / (1.0f + exp2_(s * (2.0f * LOG2E / cap)));
 }
 
-#if TOKEN
-#include "before_rope.cuh"
-#define THREADS (32 * (WARPS + BRINGERS))
-#else
-#define THREADS (32 * WARPS)
-#endif
-
 // --- exact tokens --------------------------------------------------------------------------------
 
 #if DTYPE == 2
@@ -546,13 +546,20 @@ __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, 
     __syncwarp();
 }
 
+#if TOKEN
+#include "before_rope.cuh"
+#define THREADS (32 * (WARPS + BRINGERS))
+#else
+#define THREADS (32 * WARPS)
+#endif
+
 // places in a warp's part of shared memory
 #define EXTRA_AT 128  // copies to whole lines are much faster
 #define K_EXTRA (K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0)
 // behind the queries of whole keys: what is added to their sums, and their unit, [4][2]
 #define Q_BYTES (WHOLE_KEYS ? KC * 128 + 32 : KC * 16 * M * 2)
 #define QUERY_AT (EXTRA_AT + K_EXTRA)
-#define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 16 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0))
+#define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 8 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0))
 #define V_EXTRA (BLOCK * V_GAIN * V_GROUPS)
 #define COLUMNS_AT (MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0))
 
@@ -608,50 +615,68 @@ __device__ __forceinline__ Copies copies_of(Walk* walk, const int* heads, int su
 }
 
 #if TOKEN
-// Copies of the pages of WARPS / BRINGERS warps, by a warp that does nothing else. Its barriers lie in
-// their parts: of keys and of values that have come, and of those that have been used.
-__device__ __forceinline__ void bring(Walk* walk, const int* heads, const int* costs, const int* folded,
-                                      const int* table, const int* block, const int* first_position,
-                                      const u64* slabs, int capacity, int slab_pages, int page_bytes,
-                                      int sinks, int tiles, u32 all_costs, int sums_at, u8* warps,
-                                      int warp_bytes, int bringer, int lane) {
+// Brings the pages of WARPS / BRINGERS warps, and the queries for them. Barriers lie in those warps'
+// parts: of keys and of values that have come, and of those that have been used.
+struct Bringer {
+    const int *heads, *costs, *folded, *table, *block, *first_position, *channels;
+    const u64* slabs;
+    const State* q;
+    int capacity, slab_pages, page_bytes, sinks, tiles, query_heads, queries, group, sums_at, warp_bytes, which;
+    u32 all_costs;
+    float scale, unscale;
+    u8* warps;         // their parts
+    float* plain;      // [M][PLAIN]
+    float2* angles;    // [D_K / 2] of this warp
+    const float* frequency;
+};
+
+__device__ __forceinline__ void bring(Walk* walk, const Bringer& b, int lane) {
     const int EACH = WARPS / BRINGERS;
     u32 brought[EACH] = {};
+    float* units = b.plain + M * PLAIN;
     while (true) {
         int low, high;
-        pages_of(walk, costs, &low, &high);
-        const Copies c = copies_of(walk, heads, sums_at, nullptr, nullptr, 0, lane);
-        const u64 row_at = (u64)walk->row * capacity;
-        const int start = first_position[walk->row] + sinks;
-        // pages low + 32 k and on, one a lane
-        u64 held = 0;
+        pages_of(walk, b.costs, &low, &high);
+        const Copies c = copies_of(walk, b.heads, b.sums_at, nullptr, nullptr, 0, lane);
+        asm volatile("bar.sync 2, %0;" ::"n"(32 * BRINGERS) : "memory");  // nobody reads the queries before
+        for (int n = b.which; n < M; n += BRINGERS) {
+            float unit = load_query(b.plain, b.q, b.channels, walk, n, b.query_heads, b.queries, b.group, b.scale,
+                                    b.unscale, lane);
+            if (lane == 0) units[n] = unit;
+        }
+        asm volatile("bar.sync 2, %0;" ::"n"(32 * BRINGERS) : "memory");
+        const u64 row_at = (u64)walk->row * b.capacity;
+        const int start = b.first_position[walk->row] + b.sinks;
+        u64 held = 0;  // pages low + 32 k and on, one a lane
         int held_block = 0;
         for (int base = low; base < high; base += WARPS) {
             if ((base - low) % 32 == 0) {
-                const int page = min(base + lane, high - 1), number = table[row_at + page];
-                held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
-                held_block = block[row_at + page];
+                const int page = min(base + lane, high - 1), number = b.table[row_at + page];
+                held = b.slabs[number / b.slab_pages] + (u64)(number % b.slab_pages) * b.page_bytes;
+                held_block = b.block[row_at + page];
             }
 #pragma unroll
             for (int side = 0; side < 2; ++side)
 #pragma unroll
                 for (int i = 0; i < EACH; ++i) {
-                    const int warp = bringer * EACH + i, page = base + warp;
+                    const int warp = b.which * EACH + i, page = base + warp;
                     if (page >= high) continue;
                     const u64 address = __shfl_sync(0xffffffffu, held, (page - low) & 31) + c.from;
-                    const int at = __shfl_sync(0xffffffffu, held_block, (page - low) & 31);
-                    u8* theirs = warps + warp * warp_bytes;
+                    u8* theirs = b.warps + warp * b.warp_bytes;
                     const u32 barrier = shared_address(theirs), to = barrier + c.to;
                     const u32 before = (brought[i] & 1) ^ 1;
                     if (side == 0) {
+                        const int at = __shfl_sync(0xffffffffu, held_block, (page - low) & 31);
                         wait(barrier + 16, before);
                         if (!c.apart || base == low) wait(barrier + 24, before);  // where they are now
-                        if (lane == 0) {
-                            *(float*)(theirs + POSITION_AT) = (float)(start + at * BLOCK);
-                            expect(barrier, walk->key_bytes);
-                        }
+                        if (lane == 0) expect_more(barrier, walk->key_bytes);
                         __syncwarp();
                         if (c.key_bytes) copy(to, address, c.key_bytes, barrier);
+                        turn_queries((uint2*)(theirs + QUERY_AT), b.plain, b.frequency, (float)(start + at * BLOCK),
+                                     b.angles, lane);
+                        if (lane < M) ((float*)(theirs + UNITS_AT))[lane] = units[lane];
+                        __syncwarp();
+                        if (lane == 0) arrive(barrier);
                     } else {
                         wait(barrier + 24, before);
                         if (!c.apart) wait(barrier + 16, before ^ 1);
@@ -662,8 +687,8 @@ __device__ __forceinline__ void bring(Walk* walk, const int* heads, const int* c
                     }
                 }
         }
-        if (is_last(walk, costs)) return;
-        go_on(walk, folded, tiles, all_costs, lane);
+        if (is_last(walk, b.costs)) return;
+        go_on(walk, b.folded, b.tiles, b.all_costs, lane);
     }
 }
 #endif
@@ -691,11 +716,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 
     // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
     // columns of keys and then of values, sums (before them: queries and weights of exact tokens)
-#if TOKEN  // of all warps: turns, the head's tables, its queries and their units
-    const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, UNITS_AT = PLAIN_AT + M * PLAIN * 4;
-    const int WARPS_AT = (UNITS_AT + 32 + BRINGERS * 128 + 127) / 128 * 128;
-    float *plain = (float*)(shared + PLAIN_AT), *units = (float*)(shared + UNITS_AT);
-    const u32 head_barrier = shared_address(units + 4);
+#if TOKEN  // of all warps: turns and the head's tables; queries, walks and angles of those that bring pages
+    const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, BARRIER_AT = PLAIN_AT + (M * PLAIN + 4) * 4;
+    const int BRINGERS_AT = BARRIER_AT + 16, WARPS_AT = (BRINGERS_AT + BRINGERS * BRINGER_BYTES + 127) / 128 * 128;
+    const u32 head_barrier = shared_address(shared + BARRIER_AT);
     u32 places = 0;  // that the program has begun
     if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(head_barrier));
     const Decoder decoder{(const Part*)(shared + HEAD_AT), shared_address(shared + HEAD_AT + TOKEN * 128),
@@ -707,11 +731,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     u8* shared_q = shared;
 #if TOKEN
     const bool brings = warp >= WARPS;
-    u8* mine = brings ? shared + UNITS_AT + 32 + (warp - WARPS) * 128 : shared + WARPS_AT + warp * warp_bytes;
+    u8* mine = brings ? shared + BRINGERS_AT + (warp - WARPS) * BRINGER_BYTES : shared + WARPS_AT + warp * warp_bytes;
     auto together = [] { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); };
-    auto used = [&](u32 barrier) {
-        if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-    };
 #else
     u8* mine = shared + WARPS_AT + warp * warp_bytes;
     auto together = [] { __syncthreads(); };
@@ -768,15 +789,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     }
 
 #if TOKEN
+    auto load_head = [&] {
+        if (threadIdx.x) return;
+        const u32 to = shared_address(shared);
+        asm volatile("fence.proxy.async.shared::cta;");
+        expect(head_barrier, HEAD_BYTES + (places ? 0 : TURNS_BYTES));
+        copy(to + HEAD_AT, (u64)decoders + (u64)walk->head * HEAD_BYTES, HEAD_BYTES, head_barrier);
+        if (!places) copy(to, (u64)turns, TURNS_BYTES, head_barrier);
+    };
+    if (any) load_head();
     __syncthreads();  // the barriers are there
     if (brings) {
-        if (WARPS > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (any)
-            bring(walk, heads, costs, folded, table, block, first_position, slabs, capacity, slab_pages,
-                  page_bytes, sinks, tiles, all_costs, sums_at, shared + WARPS_AT, warp_bytes, warp - WARPS, lane);
+        if (WARPS > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (any) {
+            wait(head_barrier, 0);  // the frequencies are
+            const Bringer bringer{
+                heads, costs, folded, table, block, first_position, channels, slabs, raw_q, capacity, slab_pages,
+                page_bytes, sinks, tiles, query_heads, queries, group, sums_at, warp_bytes, warp - WARPS, all_costs,
+                scale, (float)unscale, shared + WARPS_AT, (float*)(shared + PLAIN_AT), (float2*)(mine + 128),
+                (const float*)(shared + D_K * 256)};
+            bring(walk, bringer, lane);
+        }
         return;
     }
-    if (WARPS > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if (WARPS > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
 #endif
 
     bool first = true;
@@ -841,16 +877,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         first = false;
         if (!any) break;
 #if TOKEN
-        together();  // nobody reads the tables of the head before
-        if (threadIdx.x == 0) {
-            const u32 shared_turns = shared_address(shared);
-            asm volatile("fence.proxy.async.shared::cta;");
-            expect(head_barrier, HEAD_BYTES + (places ? 0 : TURNS_BYTES));
-            copy(shared_turns + HEAD_AT, (u64)decoders + (u64)head * HEAD_BYTES, HEAD_BYTES, head_barrier);
-            if (!places) copy(shared_turns, (u64)turns, TURNS_BYTES, head_barrier);
+        if (places) {
+            together();  // nobody reads the tables of the head before
+            load_head();
         }
-        load_queries(plain, units, raw_q, channels, row, head, query_heads, queries, group, walk->tile,
-                     scale, (float)unscale);
         wait(head_barrier, places++ & 1);
 #else
         if (!PAGED)
@@ -879,15 +909,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             const int k4 = walk->k4, k2 = walk->k2, k1 = walk->k1;
             const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
 #if TOKEN
-            uint2* query_in = (uint2*)(mine + QUERY_AT);
-            turn_queries(query_in, plain, (const float*)(shared + D_K * 256),
-                         *(const float*)(mine + POSITION_AT), (float2*)room, lane, l);
             float w[2][4][2];
             numbers<1, 1>(w, steps, 0, room, l);
 #pragma unroll 1
             for (int part = 0; part < 8 / QUARTERS; ++part) {
                 float made[QUARTERS][2];
-                decoded(made, decoder, columns_in, query_in, room, part * QUARTERS / 4, part * QUARTERS % 4, lane, l);
+                decoded(made, decoder, columns_in, (const uint2*)(mine + QUERY_AT), room, part * QUARTERS / 4, part * QUARTERS % 4, lane, l);
 #pragma unroll
                 for (int f = 0; f < 8; ++f)
 #pragma unroll
@@ -910,16 +937,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
                     if (SEGMENTS > 1) first_terms[k] = __shfl_sync(0xffffffffu, zeros[0], 4 * k + l.c);
             }
 #endif
+#if TOKEN
+            q_unit = ((const float*)(mine + UNITS_AT))[query];
+#endif
             __syncwarp();
 #if TOKEN
-            used(key_barrier + 16);
+            if (lane == 0) arrive(key_barrier + 16);
 #else
             if (!apart) fetch_values(address);
             else if (page + WARPS < high) fetch_columns(next);
 #endif
             if (WHOLE_KEYS) find_terms(queries_in);
 #if TOKEN
-            q_unit = units[query];
 #else
             float w[2][4][2];
             if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, room, l);
@@ -1066,7 +1095,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             if (lane == 0) ++walk->done;
             __syncwarp();
 #if TOKEN
-            used(value_barrier + 16);
+            if (lane == 0) arrive(value_barrier + 16);
 #else
             if (page + WARPS < high) {
                 if (apart) fetch_values(next);

@@ -5,7 +5,7 @@
 // takes 16 rows from each of four warps, each of them at a page of its own of the same head, so all
 // warps walk as many pages. What comes out is turned by the token's place in the page and is at once,
 // register for register, an operand of the product with the queries, which are turned back to the
-// page's first position. Queries are two float16 numbers, neighbouring columns of B.
+// page's first position; a query has two columns of B, so that a thread holds the scores of one.
 //
 //   keys     A = digits [16 tokens x 16 columns],    B = matrix  [16 columns x D_K]
 //   scores   A = keys   [16 tokens x 8 pairs],       B = queries [8 pairs x 8]
@@ -17,8 +17,9 @@
 
 #define GROUPS_OF_8 (D_K / 16)  // of pairs
 #define TURNS_BYTES (D_K * 256 + D_K * 2)
-#define BRINGERS 4      // warps that copy pages for the others
-#define POSITION_AT 112  // of a page's first token, in a warp's part
+#define BRINGERS 4       // warps that bring pages to the others
+#define BRINGER_BYTES (128 + D_K * 4)  // of shared memory of each
+#define UNITS_AT 112     // of a page's queries, in a warp's part
 #define PLAIN (D_K + 8)  // rows of queries lie in different banks
 #define HEAD_BYTES (TOKEN * 128 + TOKEN * D_K * 32)
 
@@ -148,7 +149,7 @@ __device__ __forceinline__ void decoded(float (*s)[2], const Decoder& by, const 
     float sums[QUARTERS][2][4] = {};  // two chains each, as a product waits for the one before
 #pragma unroll
     for (int j = 0; j < GROUPS_OF_8; ++j) {
-        const uint2 q = query[j * 32 + lane];
+        const uint2 q = query[j * 16 + (l.g >> 1) * 4 + l.c];
 #pragma unroll
         for (int f = 0; f < QUARTERS; ++f) {
             const uint4 turn = turns[(f * GROUPS_OF_8 + j) * 32];
@@ -166,54 +167,45 @@ __device__ __forceinline__ void decoded(float (*s)[2], const Decoder& by, const 
 #pragma unroll
     for (int f = 0; f < QUARTERS; ++f)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            s[f][i] = (sums[f][0][2 * i] + sums[f][0][2 * i + 1]) + (sums[f][1][2 * i] + sums[f][1][2 * i + 1]);
+        for (int i = 0; i < 2; ++i) s[f][i] = sums[f][0][2 * i] + sums[f][1][2 * i];
 }
 
-// queries turned back to a page's first position, as `add_decoded` takes them
+// queries turned back to a page's first position as `decoded` takes them: each in two columns of B
 __device__ __forceinline__ void turn_queries(uint2* query, const float* plain, const float* frequency,
-                                             float position, float2* angles, int lane, const Lane& l) {
+                                             float position, float2* angles, int lane) {
     for (int p = lane; p < D_K / 2; p += 32) angles[p] = turn_of(position * frequency[p]);
     __syncwarp();
-    const float* mine = plain + min(l.g >> 1, M - 1) * PLAIN;
-#pragma unroll
-    for (int j = 0; j < GROUPS_OF_8; ++j) {
-        const int p = 8 * j + 2 * l.c;
+    const int c = lane & 3;
+    const float* mine = plain + min(lane >> 2 & 3, M - 1) * PLAIN;
+#pragma unroll 2
+    for (int j = lane >> 4; j < GROUPS_OF_8; j += 2) {
+        const int p = 8 * j + 2 * c;
         const float4 by = *(const float4*)(angles + p);
         const float2 x = *(const float2*)(mine + p), y = *(const float2*)(mine + D_K / 2 + p);
-        float a[4] = {x.x * by.x + y.x * by.y, x.y * by.z + y.y * by.w,
-                      y.x * by.x - x.x * by.y, y.y * by.z - x.y * by.w};
-        uint2 made = make_uint2(half2_of(a[0], a[1]), half2_of(a[2], a[3]));
-        if (l.g & 1) {  // what rounding left
-            made = make_uint2(half2_of(a[0] - float_of_half(made.x), a[1] - float_of_half(made.x >> 16)),
-                              half2_of(a[2] - float_of_half(made.y), a[3] - float_of_half(made.y >> 16)));
-        }
-        query[j * 32 + lane] = made;
+        query[j * 16 + (lane & 15)] = make_uint2(half2_of(x.x * by.x + y.x * by.y, x.y * by.z + y.y * by.w),
+                                                 half2_of(y.x * by.x - x.x * by.y, y.y * by.z - x.y * by.w));
     }
     __syncwarp();
 }
 
-// queries of a head in float32, channels in the order of pairs: [M][PLAIN], the largest norm's unit 256
-__device__ __forceinline__ void load_queries(float* plain, float* units, const State* q, const int* channels,
-                                             int row, int head, int query_heads, int queries, int group,
-                                             int tile, float scale, float unscale) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    for (int n = warp; n < M; n += WARPS) {
-        const int which = tile * M + n;
-        const State* at = q + ((u64)((row * query_heads + head * group + which / queries) * queries +
-                                     which % queries)) * D_K;
-        float x[(D_K + 31) / 32], sum = 0.0f;
+// a query of a head in float32, channels in the order of pairs, of norm 256; returns what that stands for
+__device__ __forceinline__ float load_query(float* plain, const State* q, const int* channels, const Walk* walk,
+                                            int n, int query_heads, int queries, int group, float scale,
+                                            float unscale, int lane) {
+    const int which = walk->tile * M + n;
+    const State* at = q + ((u64)((walk->row * query_heads + walk->head * group + which / queries) * queries +
+                                 which % queries)) * D_K;
+    float x[(D_K + 31) / 32], sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < (D_K + 31) / 32; ++i) {
-            const int d = lane + 32 * i;
-            x[i] = which < group * queries && d < D_K ? wide(at[channels[d]]) * scale : 0.0f;
-            sum += x[i] * x[i];
-        }
-        for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-        const float norm = fmaxf(sqrtf(sum), 1e-30f);
-#pragma unroll
-        for (int i = 0; i < (D_K + 31) / 32; ++i)
-            if (lane + 32 * i < D_K) plain[n * PLAIN + lane + 32 * i] = x[i] * (256.0f / norm);
-        if (lane == 0) units[n] = norm * (1.0f / 256.0f) * unscale;
+    for (int i = 0; i < (D_K + 31) / 32; ++i) {
+        const int d = lane + 32 * i;
+        x[i] = which < group * queries && d < D_K ? wide(at[channels[d]]) * scale : 0.0f;
+        sum += x[i] * x[i];
     }
+    for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    const float norm = fmaxf(sqrtf(sum), 1e-30f);
+#pragma unroll
+    for (int i = 0; i < (D_K + 31) / 32; ++i)
+        if (lane + 32 * i < D_K) plain[n * PLAIN + lane + 32 * i] = x[i] * (256.0f / norm);
+    return norm * (1.0f / 256.0f) * unscale;
 }

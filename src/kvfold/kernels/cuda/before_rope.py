@@ -191,9 +191,9 @@ def turns(rope: Rope, dim: int) -> Tensor:
 
 
 def nbytes(blocks: int, dim: int, m: int) -> int:
-    """Shared memory of a program for the tables, its queries, their units, and `BRINGERS` walks."""
+    """Shared memory of a program for the tables, its queries, and the warps that bring pages."""
     heads = blocks * 128 + blocks * dim * 32
-    return dim * 256 + dim * 2 + heads + m * (dim + 8) * 4 + 32 + BRINGERS * 128
+    return dim * 256 + dim * 2 + heads + (m * (dim + 8) + 4) * 4 + 16 + BRINGERS * (128 + dim * 4)
 
 
 def _check(key: Operand, dim: int) -> None:
