@@ -78,7 +78,7 @@ __device__ __forceinline__ u64 block_at(u32 address) {
     return (u64)(address >> 4) | (u64)(128 >> 4) << 16 | (u64)(256 >> 4) << 32;
 }
 
-#define QUARTERS 4  // that a warp takes at once, of one half of the lanes
+#define QUARTERS 2  // that a warp takes at once, of one half of the lanes
 
 // digits of a part, of a half's quarters `from` and on, as operands times the tokens' gains; SECOND: added
 template <bool SECOND>
@@ -90,14 +90,13 @@ __device__ __forceinline__ void digits(u32 (*a)[4], const u32 (*gain)[2], const 
     const uint2 y = row_of(words, (16 * half + l.first) & rows, about.z, l.c);
     const uint2 z = row_of(words, (16 * half + l.second) & rows, about.z, l.c);
     const int shift = width == 4 ? 4 * from : 8 * half + (width == 1 ? 4 * (l.first >> 3) : 0);
-    const int upper = QUARTERS > 2 && width == 4 ? 8 : 0;
     const u32 x[4] = {y.x >> shift, z.x >> shift, y.y >> shift, z.y >> shift};
 #pragma unroll
     for (int f = 0; f < QUARTERS; ++f) {
         const u32 mask = part->mask[from + f], factor = part->factor[from + f], addend = part->addend[from + f];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            u32 made = ((f < 2 ? x[i] : x[i] >> upper) & mask) | 0x64006400u;  // 1024 + digit
+            u32 made = (x[i] & mask) | 0x64006400u;  // 1024 + digit
             made = fma2(made, factor, addend);
             a[f][i] = SECOND ? fma2(made, gain[f][i & 1], a[f][i]) : times2(made, gain[f][i & 1]);
         }
