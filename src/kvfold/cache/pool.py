@@ -37,16 +37,16 @@ class Pool:
 
     def reserve(self, pages: int) -> None:
         """Grow until page numbers below `pages` exist."""
-        shape = (self.slab_pages, self.page_bytes)
-        held = len(self.slabs)
+        new = -(-pages // self.slab_pages) - len(self.slabs)
+        if new <= 0:
+            return
+        shape = (new, self.slab_pages, self.page_bytes)
         with torch.inference_mode(False):
-            while len(self.slabs) * self.slab_pages < pages:
-                slab = torch.zeros(
-                    shape, dtype=torch.uint8, device=self.home, pin_memory=self.is_offloaded
-                )
-                self.slabs.append(slab)
-            if len(self.slabs) > held:
-                self._note_addresses()
+            made = torch.zeros(
+                shape, dtype=torch.uint8, device=self.home, pin_memory=self.is_offloaded
+            )
+            self.slabs += made.unbind()  # side by side: `write` copies what lies in a row at once
+            self._note_addresses()
 
     def _note_addresses(self) -> None:
         found = torch.tensor([slab.data_ptr() for slab in self.slabs], dtype=torch.int64)
@@ -56,8 +56,26 @@ class Pool:
 
     def write(self, numbers: Sequence[int], pages: Tensor) -> None:
         """Store `pages` `[n, page_bytes]` under their numbers."""
+        if len(numbers) > 1 and (places := self._in_a_row(numbers)) is not None:
+            places.copy_(pages)
+            return
         for slab, rows, at in self._by_slab(numbers):
             self.slabs[slab][_index(rows, self.home)] = pages[at].to(self.home)
+
+    def _in_a_row(self, numbers: Sequence[int]) -> Tensor | None:
+        """The places of consecutive numbers where slabs that were made together hold them."""
+        if list(numbers) != list(range(numbers[0], numbers[0] + len(numbers))):
+            return None
+        slab, row = divmod(numbers[0], self.slab_pages)
+        slabs = self.slabs[slab : numbers[-1] // self.slab_pages + 1]
+        size = self.slab_pages * self.page_bytes
+        begin = slabs[0].storage_offset()
+        for i, other in enumerate(slabs):
+            same = other.untyped_storage().data_ptr() == slabs[0].untyped_storage().data_ptr()
+            if not same or other.storage_offset() != begin + i * size:
+                return None
+        offset = begin + row * self.page_bytes
+        return slabs[0].as_strided((len(numbers), self.page_bytes), (self.page_bytes, 1), offset)
 
     def gather(self, numbers: Sequence[int]) -> Tensor:
         """Pages `[n, page_bytes]` in the order of their numbers: a view where they lie in a row."""

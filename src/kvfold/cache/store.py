@@ -48,6 +48,7 @@ class Sources:
         fresh: slot of the pass, None where no token is there.
         old: `[blocks, block, 1, 1]` which of the two holds a token.
         positions: RoPE positions.
+        run: rows, slots and blocks a row where all of them lie in a row in the pass; else None.
     """
 
     row: Tensor
@@ -55,14 +56,20 @@ class Sources:
     fresh: Tensor | None
     old: Tensor
     positions: Tensor
+    run: tuple[slice, slice, int] | None = None
 
     def on(self, device: torch.device) -> "Sources":
         """The same on a device."""
-        index = {name: upload(x, device) for name, x in vars(self).items() if x is not None}
-        return replace(self, **index)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        if self.run is not None:
+            tensors = {"positions": self.positions}
+        return replace(self, **{name: upload(x, device) for name, x in tensors.items()})
 
     def gather(self, ring: Tensor, fresh: Tensor | None) -> Tensor:
         """The blocks `[blocks, heads, block, dim]` out of `[rows, heads, slots, dim]` states."""
+        if self.run is not None and fresh is not None:  # a view of one row, else one plain copy
+            rows, slots, blocks = self.run
+            return fresh[rows, :, slots].unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
         row = self.row[:, None]
         if self.fresh is None:
             return ring[row, :, self.ring].transpose(1, 2)
@@ -71,6 +78,18 @@ class Sources:
         if self.ring is not None:
             new = torch.where(self.old, ring[row, :, self.ring], new)
         return new.transpose(1, 2)
+
+
+def _run(row: Tensor, slots: Tensor) -> tuple[slice, slice, int] | None:
+    """`Sources.run` of blocks `[blocks, block]` in rows `[blocks]`."""
+    first, count = int(row[0]), len(row.unique())
+    blocks, block = len(row) // count, slots.shape[1]
+    begin = int(slots[0, 0])
+    rows = torch.arange(first, first + count).repeat_interleave(blocks)
+    wanted = torch.arange(begin, begin + blocks * block).view(blocks, block).repeat(count, 1)
+    if not torch.equal(row, rows) or not torch.equal(slots, wanted):
+        return None
+    return slice(first, first + count), slice(begin, begin + blocks * block), blocks
 
 
 class Watch:
@@ -89,7 +108,8 @@ class Watch:
             check_states(x, what)
             return
         top = torch.empty((), dtype=x.dtype, pin_memory=True)
-        top.copy_(torch.stack(x.aminmax()).abs().amax(), non_blocking=True)  # NaN comes through
+        # one pass over strided states; NaN comes through
+        top.copy_(torch.linalg.vector_norm(x, float("inf")), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.pending.append((what, top, event))
@@ -451,6 +471,7 @@ class LayerStore:
             None if bool(old.all()) else nth,
             old[:, :, None, None],
             token + torch.tensor(step.first)[row][:, None],
+            None if bool(old.any()) else _run(row, nth),
         )
 
     # --- reading ---------------------------------------------------------------------------

@@ -107,18 +107,18 @@ def built(kernel, types, constants, warps):
 
 types = dict.fromkeys(("matrix_ptr", "mean_ptr", "turn_ptr", "tables_ptr", "gains_ptr"), "*fp32")
 types |= {"x_ptr": "*bf16", "mate_ptr": "*i32", "codes_ptr": "*u8", "bytes_ptr": "*u8"}
-types |= {"x_block": "i32", "x_head": "i32", "x_token": "i32", "scaling": "fp32"}
+types |= dict.fromkeys(("x_block", "x_head", "x_token", "byte_block"), "i32") | {"scaling": "fp32"}
 order = {name: types[name] for name in fold.quantise_kernel.arg_names if name in types}
 for turn, mean, run in ((True, False, 128), (False, True, 1), (False, False, 1)):
     constants = dict(HEADS=8, B=128, D=128, P_D=128, T=fold.TOKENS, K=16, RUN=run, TURN=turn,
                      TURN_MEAN=mean, SEARCH=4)
     made = built(fold.quantise_kernel, order, constants, 4)
     assert made.metadata.shared < 64 << 10, made.metadata.shared
-types = {"codes_ptr": "*u8", "columns_ptr": "*i32", "widths_ptr": "*i32", "out_ptr": "*i16"}
-constants = dict(HEADS=8, B=128, D=128, U=32, CHUNK=16)
+types = {"codes_ptr": "*u8", "columns_ptr": "*i32", "about_ptr": "*i32", "out_ptr": "*i16"}
+constants = dict(HEADS=8, B=128, D=128, P_D=128, U=32)
 built(fold.pack_kernel, types | {"out_words": "i32"}, constants, 4)
 types = {"x_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*fp16", "zero_ptr": "*fp16"}
-types |= {"x_block": "i32", "x_head": "i32", "x_token": "i32"}
+types |= dict.fromkeys(("x_block", "x_head", "x_token", "scale_block"), "i32")
 for along, tokens, channels in ((0, 64, 32), (1, 32, 64)):
     constants = dict(HEADS=8, B=128, D=128, T=tokens, N=channels, ALONG=along, TOP=15.0)
     built(fold.group_kernel, types, constants, 4)

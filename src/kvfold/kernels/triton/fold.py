@@ -7,6 +7,7 @@ besides, and `pack_kernel` turns the codes of all heads and widths into words. T
 of the reference but where another order of a sum or a gain's search without divisions moves a tie.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -20,8 +21,8 @@ from kvfold.codecs.fisher import BoundFisher, BoundFisherKeys
 from kvfold.codecs.kivi import BoundKivi
 from kvfold.packing import CHUNK, SECTIONS, DigitPlan
 
-#: tokens of a program of `quantise_kernel`.
-TOKENS = 32
+#: tokens of a program of `quantise_kernel`: with more of them fewer programs run at once.
+TOKENS = 16
 
 
 # --- digits to words -------------------------------------------------------------------------
@@ -29,38 +30,38 @@ TOKENS = 32
 
 @triton.jit
 def pack_kernel(
-    codes_ptr, columns_ptr, widths_ptr, out_ptr, out_words,
-    HEADS: tl.constexpr, B: tl.constexpr, D: tl.constexpr, U: tl.constexpr, CHUNK: tl.constexpr,
+    codes_ptr, columns_ptr, about_ptr, out_ptr, out_words,
+    HEADS: tl.constexpr, B: tl.constexpr, D: tl.constexpr, P_D: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK digit columns of one width of one block. Grid `(blocks, groups of columns)`.
+    """Digits of one width and head of one block. Grid `(blocks, passes)`.
 
-    Reads codes `[blocks, HEADS, B, D]` (a byte each), writes 16-bit words. `columns` has for each
-    column head, coordinate (-1: none), shift, first word and distance of its words.
+    Reads codes `[blocks, HEADS, B, D]` (a byte each), writes 16-bit words. `about` has width and
+    head of each pass, `columns` for each pass shift, first word (-1: no digit) and distance of its
+    words of each coordinate.
     """
     block = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    width = tl.load(widths_ptr + group)
+    at = tl.program_id(1)
+    width = tl.load(about_ptr + 2 * at)
+    head = tl.load(about_ptr + 2 * at + 1)
     words = B * width // 16
     parts = 4 // width
-    c = tl.arange(0, CHUNK)
-    at = columns_ptr + (group * CHUNK + c) * 5
-    head = tl.load(at)
-    coordinate = tl.load(at + 1)
-    shift = tl.load(at + 2)
-    first = tl.load(at + 3)
-    stride = tl.load(at + 4)
+    n = tl.arange(0, P_D)
+    columns_ptr += at * (3 * D) + n
+    shift = tl.load(columns_ptr, mask=n < D, other=0)
+    first = tl.load(columns_ptr + D, mask=n < D, other=-1)
+    stride = tl.load(columns_ptr + 2 * D, mask=n < D, other=0)
     u = tl.arange(0, U)
-    inside = (u < words)[:, None] & (coordinate >= 0)[None, :]
-    from_ptr = codes_ptr + block * (HEADS * B * D) + (head * (B * D) + coordinate)[None, :]
-    found = tl.zeros([U, CHUNK], tl.int32)
+    inside = (u < words)[:, None] & (n < D)[None, :]
+    from_ptr = codes_ptr + (block * HEADS + head) * (B * D) + n[None, :]
+    found = tl.zeros([U, P_D], tl.int32)
     for j in tl.static_range(16):
-        token = ((j % 4) * parts + j // 4) * words + u
-        there = inside & (j * width < 16)
-        code = tl.load(from_ptr + token[:, None] * D, mask=there, other=0).to(tl.int32)
-        digit = (code >> shift[None, :]) & ((1 << width) - 1)
-        found |= tl.where(there, digit << (j * width), 0)
+        if j * width < 16:
+            token = ((j % 4) * parts + j // 4) * words + u
+            code = tl.load(from_ptr + token[:, None] * D, mask=inside, other=0).to(tl.int32)
+            digit = (code >> shift[None, :]) & ((1 << width) - 1)
+            found |= digit << (j * width)
     to_ptr = out_ptr + block * out_words + first[None, :] + u[:, None] * stride[None, :]
-    tl.store(to_ptr, found.to(tl.int16), mask=inside)
+    tl.store(to_ptr, found.to(tl.int16), mask=inside & (first >= 0)[None, :])
 
 
 @dataclass(frozen=True)
@@ -68,40 +69,55 @@ class Columns:
     """A plan's columns as `pack_kernel` reads them.
 
     Args:
-        table: int32 `[groups * CHUNK, 5]`.
-        widths: int32 `[groups]`.
+        table: int32 `[passes, 3, coordinates]`.
+        about: int32 `[passes, 2]`.
         sizes: words of each stored section, by its width.
     """
 
     table: Tensor
-    widths: Tensor
+    about: Tensor
     sizes: dict[int, int]
 
     @classmethod
-    def of(cls, plan: DigitPlan, device: torch.device) -> "Columns":
-        """The columns of every head and section, in groups of one width."""
-        rows: list[tuple[int, ...]] = []
-        widths: list[int] = []
+    def of(
+        cls, plan: DigitPlan, device: torch.device, starts: Mapping[int, int] | None = None
+    ) -> "Columns":
+        """The columns of every head and section: a pass for those of different coordinates.
+
+        Args:
+            plan: what they are.
+            device: where they are read.
+            starts: first word of the section of each width; one behind the other by default.
+        """
+        tables: list[Tensor] = []
+        about: list[tuple[int, int]] = []
         sizes: dict[int, int] = {}
         start = 0
         for w in SECTIONS:
-            words, begin, section = plan.words(w), start, []
+            start = start if starts is None else starts.get(w, 0)
+            words, begin = plan.words(w), start
             for h, head in enumerate(plan.heads):
-                count = len(head[w])
+                count, passes = len(head[w]), 0
                 for i, column in enumerate(head[w]):
                     first, stride = start + i * words, 1
                     if plan.axis == "channel":
                         low = i - i % CHUNK
                         first, stride = start + low * words + i - low, min(CHUNK, count - low)
-                    section.append((h, column.coordinate, column.shift, first, stride))
+                    c = column.coordinate
+                    of = next((t for t in tables[len(tables) - passes :] if t[1, c] < 0), None)
+                    if of is None:  # its second digit of this width
+                        of = torch.tensor([[0], [-1], [0]], dtype=torch.int32)
+                        of = of.repeat(1, len(plan.bits[h]))
+                        tables.append(of)
+                        about.append((w, h))
+                        passes += 1
+                    of[:, c] = torch.tensor([column.shift, first, stride])
                 start += count * words
-            if section:
+            if start > begin:
                 sizes[w] = start - begin
-                groups = -(-len(section) // CHUNK)
-                rows += section + [(0, -1, 0, 0, 0)] * (groups * CHUNK - len(section))
-                widths += [w] * groups
-        table = torch.tensor(rows, dtype=torch.int32).view(-1, 5)
-        return cls(table.to(device), torch.tensor(widths, dtype=torch.int32).to(device), sizes)
+        table = torch.stack(tables) if tables else torch.zeros(0, 3, 1, dtype=torch.int32)
+        about_ = torch.tensor(about, dtype=torch.int32).view(-1, 2)
+        return cls(table.to(device), about_.to(device), sizes)
 
 
 def pack(plan: DigitPlan, codes: Tensor, prefix: str = "digits") -> dict[str, Tensor]:
@@ -110,17 +126,35 @@ def pack(plan: DigitPlan, codes: Tensor, prefix: str = "digits") -> dict[str, Te
     if codes.device not in cache:
         cache[codes.device] = Columns.of(plan, codes.device)
     columns: Columns = cache[codes.device]
-    blocks, heads, block_len, dim = codes.shape
-    total = sum(columns.sizes.values())
-    out = torch.empty(blocks, total, dtype=torch.int16, device=codes.device)
-    if total and blocks:
-        pack_kernel[(blocks, len(columns.widths))](
-            codes.to(torch.uint8).contiguous(), columns.table, columns.widths, out, total,
-            HEADS=heads, B=block_len, D=dim, U=triton.next_power_of_2(block_len // 4),
-            CHUNK=CHUNK, num_warps=4,  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
+    out = torch.empty(
+        len(codes), sum(columns.sizes.values()), dtype=torch.int16, device=codes.device
+    )
+    _pack(columns, codes.to(torch.uint8).contiguous(), out)
     parts = out.split(list(columns.sizes.values()), 1)
     return {f"{prefix}{w}": part for w, part in zip(columns.sizes, parts, strict=True)}
+
+
+def _pack(columns: Columns, codes: Tensor, out: Tensor) -> None:
+    """Words of codes `[blocks, heads, block_len, dim]` into rows of words."""
+    blocks, heads, block_len, dim = codes.shape
+    if blocks and len(columns.about):
+        pack_kernel[(blocks, len(columns.about))](
+            codes, columns.table, columns.about, out, out.stride(0),
+            HEADS=heads, B=block_len, D=dim, P_D=triton.next_power_of_2(dim),
+            U=triton.next_power_of_2(block_len // 4),
+            num_warps=4,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+
+
+def _page(bound: BoundCodec, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Columns]:
+    """Bytes `[blocks, nbytes]` of zeros, their fields, and the columns as they lie there."""
+    layout = bound.layout
+    page = torch.zeros(len(x), layout.nbytes, dtype=torch.uint8, device=x.device)
+    if bound not in _COLUMNS:
+        begin = {f.name: at // 2 for f, at in zip(layout.fields, layout.offsets, strict=True)}
+        starts = {w: begin.get(f"digits{w}", 0) for w in SECTIONS}
+        _COLUMNS[bound] = Columns.of(bound.plan, x.device, starts)  # type: ignore[attr-defined]
+    return page, layout.split(page), _COLUMNS[bound]
 
 
 # --- states to codes -------------------------------------------------------------------------
@@ -135,7 +169,7 @@ def nearest(x):
 @triton.jit
 def quantise_kernel(
     x_ptr, matrix_ptr, mean_ptr, turn_ptr, mate_ptr, tables_ptr, gains_ptr, codes_ptr, bytes_ptr,
-    x_block, x_head, x_token, scaling,
+    x_block, x_head, x_token, byte_block, scaling,
     HEADS: tl.constexpr, B: tl.constexpr, D: tl.constexpr, P_D: tl.constexpr, T: tl.constexpr,
     K: tl.constexpr, RUN: tl.constexpr, TURN: tl.constexpr, TURN_MEAN: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -219,12 +253,12 @@ def quantise_kernel(
     code = tl.minimum(tl.maximum(code, 0.0), top[None, :])
     at = place.to(tl.int64) * (B * D) + t[:, None] * D + n[None, :]
     tl.store(codes_ptr + at, code.to(tl.int32).to(tl.uint8), mask=in_n[None, :])
-    tl.store(bytes_ptr + place.to(tl.int64) * B + t, best.to(tl.uint8))
+    tl.store(bytes_ptr + block * byte_block + head * B + t, best.to(tl.uint8))
 
 
 @triton.jit
 def group_kernel(
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, x_block, x_head, x_token,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, x_block, x_head, x_token, scale_block,
     HEADS: tl.constexpr, B: tl.constexpr, D: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     ALONG: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
@@ -237,7 +271,8 @@ def group_kernel(
     t = tl.program_id(1) * T + tl.arange(0, T)
     n = tl.program_id(2) * N + tl.arange(0, N)
     inside = (n < D)[None, :]
-    x_ptr += (place // HEADS).to(tl.int64) * x_block + place % HEADS * x_head
+    block, head = (place // HEADS).to(tl.int64), place % HEADS
+    x_ptr += block * x_block + head * x_head
     x = tl.load(x_ptr + t[:, None] * x_token + n[None, :], mask=inside, other=0.0).to(tl.float32)
     low, high = tl.min(x, ALONG), tl.max(x, ALONG)
     zero = tl.minimum(tl.maximum(low, -65504.0), 65504.0).to(tl.float16)
@@ -253,11 +288,11 @@ def group_kernel(
         codes_ptr + at + t[:, None] * D + n[None, :], code.to(tl.int32).to(tl.uint8), mask=inside
     )
     if ALONG == 0:
-        to = place.to(tl.int64) * (B // T * D) + tl.program_id(1) * D + n
+        to = block * scale_block + head * (B // T * D) + tl.program_id(1) * D + n
         tl.store(scale_ptr + to, scale, mask=n < D)
         tl.store(zero_ptr + to, zero, mask=n < D)
     else:
-        to = place.to(tl.int64) * (B * (D // N)) + t * (D // N) + tl.program_id(2)
+        to = block * scale_block + head * (B * (D // N)) + t * (D // N) + tl.program_id(2)
         tl.store(scale_ptr + to, scale)
         tl.store(zero_ptr + to, zero)
 
@@ -323,6 +358,7 @@ class Tables:
 
 
 _TABLES: "WeakKeyDictionary[BoundFisher, Tables]" = WeakKeyDictionary()
+_COLUMNS: "WeakKeyDictionary[BoundCodec, Columns]" = WeakKeyDictionary()
 
 
 def serves(bound: BoundCodec) -> bool:
@@ -351,15 +387,17 @@ def encoded(bound: BoundCodec, x: Tensor, positions: Tensor) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     turn = tables.turn(positions) if tables.turns != "nothing" else tables.tables
     codes = torch.empty(blocks, heads, block_len, dim, dtype=torch.uint8, device=x.device)
-    gain = torch.empty(blocks, heads, block_len, dtype=torch.uint8, device=x.device)
+    page, fields, columns = _page(bound, x)
+    gain = fields["gain"]
     quantise_kernel[(blocks * heads, block_len // TOKENS)](
         x, bound.forward, tables.mean, turn, tables.mate, tables.tables, bound.gains, codes, gain,
-        x.stride(0), x.stride(1), x.stride(2), getattr(bound, "scaling", 1.0),
+        x.stride(0), x.stride(1), x.stride(2), gain.stride(0), getattr(bound, "scaling", 1.0),
         HEADS=heads, B=block_len, D=dim, P_D=triton.next_power_of_2(dim), T=TOKENS, K=16,
         RUN=tables.run, TURN=tables.turns == "states", TURN_MEAN=tables.turns == "mean",
         SEARCH=bound.codec.search, num_warps=4,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
-    return bound.layout.join({**pack(bound.plan, codes), "gain": gain})
+    _pack(columns, codes, page.view(torch.int16))
+    return page
 
 
 def _grouped(bound: BoundKivi, x: Tensor) -> Tensor:
@@ -368,16 +406,14 @@ def _grouped(bound: BoundKivi, x: Tensor) -> Tensor:
     size, along = bound.codec.group_size, 0 if bound.along_tokens else 1
     x = x if x.stride(3) == 1 else x.contiguous()
     tokens, channels = (TOKENS, size) if along else (size, min(32, triton.next_power_of_2(dim)))
-    fields = {f.name: f.shape for f in bound.layout.fields}
     codes = torch.empty(blocks, heads, block_len, dim, dtype=torch.uint8, device=x.device)
-    scale, zero = (
-        torch.empty(blocks, *fields[name], dtype=torch.float16, device=x.device)
-        for name in ("scale", "zero")
-    )
+    page, fields, columns = _page(bound, x)
+    scale, zero = fields["scale"], fields["zero"]
     if blocks:
         group_kernel[(blocks * heads, block_len // tokens, triton.cdiv(dim, channels))](
-            x, codes, scale, zero, x.stride(0), x.stride(1), x.stride(2),
+            x, codes, scale, zero, x.stride(0), x.stride(1), x.stride(2), scale.stride(0),
             HEADS=heads, B=block_len, D=dim, T=tokens, N=channels, ALONG=along,
             TOP=2.0**bound.codec.bits - 1, num_warps=4,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-    return bound.layout.join({**pack(bound.plan, codes), "scale": scale, "zero": zero})
+    _pack(columns, codes, page.view(torch.int16))
+    return page
