@@ -864,8 +864,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             if (apart) fetch_values(next);
         }
         if (first) {
-            // by the last warps first, as the first ones have a page more
-            for (u32 i = exact_from + (WARPS - 1 - warp); i < exact_to; i += WARPS) {
+            // by the last warps first, as the first ones have a page more; where keys are decoded by half
+            // of the warps, so that the halves are at different parts of their pages
+            const int BY = TOKEN && WARPS > 4 ? WARPS / 2 : WARPS;
+            const u32 mine_from = WARPS - 1 - warp < BY ? exact_from + (WARPS - 1 - warp) : exact_to;
+            for (u32 i = mine_from; i < exact_to; i += BY) {
                 int split = i % exact_splits, where = i / exact_splits, at_line = where / HEADS;
                 attend_exact(raw_q, keys, values, tokens, query_tokens, exact + (u64)i * (M * D_V),
                              exact_state + i * (2 * M), sums_in, at_line / tiles, where % HEADS, split, exact_tokens, query_heads, queries,
@@ -891,7 +894,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         if (!TOKEN && page < high) {
             if (c.key_bytes && c.other) copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
         }
-        together();
+        if (TOKEN) __syncwarp();
+        else together();
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
         // products of keys take pages of four warps at once: all walk as many
