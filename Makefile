@@ -59,7 +59,7 @@ sanitize: $(VENV)/.stamp-dev
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=src \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py \
-	    tests/kernels/test_cpu_fuzz.py >> $(abspath $(SANITIZED))
+	    tests/kernels/test_cpu_fold.py tests/kernels/test_cpu_fuzz.py >> $(abspath $(SANITIZED))
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

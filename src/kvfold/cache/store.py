@@ -25,7 +25,9 @@ GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23, "mps": 1 << 21}
 
 #: modules that encode blocks of some codecs (`serves`) in fewer passes, by device type; the bytes
 #: are those of `BoundCodec.encode` but for ties. Imported when a device first needs them.
-ENCODERS = {"cuda": "kvfold.kernels.triton.fold"} if find_spec("triton") else {}
+ENCODERS = {"cpu": "kvfold.kernels.cpu.fold"}
+if find_spec("triton"):
+    ENCODERS["cuda"] = "kvfold.kernels.triton.fold"
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class BoundFisher(BoundCodec):
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """Whiten the residual; round its gain; code it in units of the rounded gain."""
-        y = apply_tiles(self._residual(x.float().contiguous(), positions), self.forward)
+        y = self.whitened(x, positions)
         byte = self.gain_bytes(y)
         if self.codec.search:
             byte = self._cheapest(y, byte)
@@ -216,6 +216,10 @@ class BoundFisher(BoundCodec):
         """Steps, offsets and the inverse transform applied once, and the mean added."""
         sums = self.plan.gathered(total.columns) * self.step + total.gain * self.offset
         return sums @ self.inverse + total.one * self.mean[:, None]
+
+    def whitened(self, x: Tensor, positions: Tensor) -> Tensor:
+        """States in the code's basis: coordinates of unit variance in float32, 0 without bits."""
+        return apply_tiles(self._residual(x.float().contiguous(), positions), self.forward)
 
     def gain_bytes(self, y: Tensor) -> Tensor:
         """The byte of each token's RMS over the coordinates that have bits."""

@@ -259,7 +259,7 @@ class BoundSpectral(BoundCodec):
 
     def encode(self, x: Tensor, positions: Tensor) -> Fields:
         """The nearest level of each coordinate of unit variance, in units of the gain."""
-        y = apply_tiles(x.float().contiguous() - self.mean, self.forward)
+        y = self.whitened(x, positions)
         if not self.codec.gain:
             codes, gain = self._nearest(y), None
         else:
@@ -305,6 +305,10 @@ class BoundSpectral(BoundCodec):
         if self.codec.qjl:
             y = y + total.columns[..., self.site.head_dim :] @ self.expansion
         return y @ self.inverse + total.one * self.mean
+
+    def whitened(self, x: Tensor, positions: Tensor) -> Tensor:
+        """States in the eigenbasis, in units of sigma, float32."""
+        return apply_tiles(x.float().contiguous() - self.mean, self.forward)
 
     def _nearest(self, y: Tensor) -> Tensor:
         codes = torch.zeros_like(y, dtype=torch.uint8)

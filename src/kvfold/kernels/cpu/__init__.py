@@ -55,6 +55,14 @@ def _entry(isa: str) -> int:
     return found.entry(isa)
 
 
+@lru_cache(maxsize=8)
+def fold_entry(isa: str | None) -> int:
+    """Address of the fold of an instruction set; None for the best."""
+    found = native()
+    assert found is not None
+    return found.fold_entry(isa or _default())
+
+
 def refuses(q: Tensor, view: View) -> str | None:
     """Why the kernel cannot serve these queries and this layer; None where it does."""
     if native() is None:
@@ -71,8 +79,11 @@ def tables_of(store: LayerStore) -> "LayerTables | None":
 
 
 def held_by(store: LayerStore) -> list[Tensor]:
-    """What the kernel will hold of a layer beside its pages; empty where it does not serve it."""
-    return [] if native() is None or unserved(store) is not None else tensors_of(store)
+    """What the extension will hold of a layer beside its pages, where it serves the layer."""
+    from kvfold.kernels.cpu import fold
+
+    found = [] if native() is None or unserved(store) is not None else tensors_of(store)
+    return found + [t for bound in (store.key, store.value) for t in fold.held_by(bound)]
 
 
 def attend(

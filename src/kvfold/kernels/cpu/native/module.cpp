@@ -1,4 +1,4 @@
-// The Python face: two structs from dicts of numbers, and one call. Pointers come as integers from
+// The Python face: structs from dicts of numbers, and two calls. Pointers come as integers from
 // tensors that the caller keeps alive; nothing here links to torch.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -8,9 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "fold.h"
 #include "operand.h"
 
 namespace nb = nanobind;
+using kvfold::Blocks;
 using kvfold::Call;
 using kvfold::Side;
 
@@ -34,15 +36,21 @@ std::vector<std::string> instruction_sets() {
 }
 
 using Attend = void (*)(const Call&);
+using Fold = void (*)(const Blocks&);
 
-Attend attend_of(const std::string& name) {
+struct Entries {
+  Attend attend;
+  Fold fold;
+};
+
+Entries entries_of(const std::string& name) {
   for (const std::string& known : instruction_sets()) {
     if (known != name) continue;
 #if defined(KVFOLD_X86)
-    if (name == "avx512") return kvfold::avx512::attend;
-    if (name == "avx2") return kvfold::avx2::attend;
+    if (name == "avx512") return {kvfold::avx512::attend, kvfold::avx512::fold};
+    if (name == "avx2") return {kvfold::avx2::attend, kvfold::avx2::fold};
 #endif
-    return kvfold::portable::attend;
+    return {kvfold::portable::attend, kvfold::portable::fold};
   }
   throw std::invalid_argument("no instruction set '" + name + "' here");
 }
@@ -82,6 +90,19 @@ struct Layer {
   int32_t sinks;
   std::vector<const uint8_t*> slabs;
 };
+
+kvfold::Code code_of(const nb::dict& d) {
+  kvfold::Code c{};
+#define NUMBER(field) c.field = number<int32_t>(d, #field)
+#define POINTER(field, type) c.field = pointer<type>(d, #field)
+  NUMBER(heads), NUMBER(dim), NUMBER(block), NUMBER(nbytes), NUMBER(gain_at), NUMBER(search);
+  POINTER(coordinate, kvfold::Coordinate), POINTER(first_coordinate, int32_t);
+  POINTER(column, kvfold::Column), POINTER(first_column, int32_t);
+  POINTER(gain, float), POINTER(level, float), POINTER(threshold, float);
+#undef NUMBER
+#undef POINTER
+  return c;
+}
 
 // what all layers of a model's step share
 struct Step {
@@ -129,10 +150,17 @@ void attend(const Layer& layer, const Step& step, uintptr_t isa, uintptr_t page_
   reinterpret_cast<Attend>(isa)(c);
 }
 
+void fold(const kvfold::Code& code, uintptr_t isa, uintptr_t states, uintptr_t out, int64_t blocks,
+          int threads) {
+  nb::gil_scoped_release release;
+  reinterpret_cast<Fold>(isa)(
+      {&code, at<float>(states), reinterpret_cast<uint8_t*>(out), blocks, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.doc() = "Attention on packed pages.";
+  m.doc() = "Attention on packed pages, and folding into them.";
   nb::class_<Layer>(m, "Layer")
       .def("__init__",
            [](Layer* self, nb::dict key, nb::dict value, int64_t page_bytes, int64_t slab_pages,
@@ -151,9 +179,16 @@ NB_MODULE(_native, m) {
                         at<int32_t>(folded), at<int32_t>(first), at<int32_t>(table), at<int32_t>(block),
                         table_stride};
       });
+  nb::class_<kvfold::Code>(m, "Code").def("__init__", [](kvfold::Code* self, nb::dict numbers) {
+    new (self) kvfold::Code(code_of(numbers));
+  });
   m.def("instruction_sets", &instruction_sets);
   m.def("entry", [](const std::string& name) {
-    return reinterpret_cast<uintptr_t>(attend_of(name));
+    return reinterpret_cast<uintptr_t>(entries_of(name).attend);
+  });
+  m.def("fold_entry", [](const std::string& name) {
+    return reinterpret_cast<uintptr_t>(entries_of(name).fold);
   });
   m.def("attend", &attend);
+  m.def("fold", &fold);
 }
