@@ -27,12 +27,12 @@ def apply_tiles(x: Tensor, matrix: Tensor) -> Tensor:
     """
     blocks, heads = x.shape[:2]
     tiles = x.reshape(blocks * heads, *x.shape[2:])
-    per_head = matrix if matrix.ndim == 3 else matrix.expand(heads, *matrix.shape)
-    per_tile = per_head.repeat(blocks, 1, 1) if matrix.ndim == 3 else per_head[:1]
+    per_head = matrix if matrix.ndim == 3 else matrix[None]
     if x.device.type == "cpu":
         # a batched product may pick another kernel for another batch size; single ones do not
-        out = [
-            tile @ per_tile[i if len(per_tile) > 1 else 0] for i, tile in enumerate(tiles.unbind())
-        ]
-        return torch.stack(out).unflatten(0, (blocks, heads))
+        out = tiles.new_empty(*tiles.shape[:2], matrix.shape[-1])
+        for i, tile in enumerate(tiles):
+            torch.mm(tile, per_head[i % len(per_head)], out=out[i])
+        return out.unflatten(0, (blocks, heads))
+    per_tile = per_head.repeat(blocks, 1, 1) if matrix.ndim == 3 else per_head
     return torch.bmm(tiles, per_tile.expand(len(tiles), -1, -1)).unflatten(0, (blocks, heads))
