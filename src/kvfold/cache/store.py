@@ -389,6 +389,8 @@ class LayerStore:
     def _fold(self, keys: Tensor | None, values: Tensor | None, step: Step) -> None:
         """Code the step's due blocks into pages, a bounded number at a time."""
         self.watch.check()
+        if not step.pages:
+            return
         group = self.group_blocks(1)
         device = self.ring_keys.device
         # of a long first pass, what a sliding window has left behind is not coded at all
