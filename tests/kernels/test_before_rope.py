@@ -69,8 +69,9 @@ def read(page, operand, by, h):
 
 @pytest.mark.parametrize("tables", [plain, mixed])
 @pytest.mark.parametrize(
-    ("dim", "pairs", "turned"), [(64, "half", 64), (80, "half", 80), (96, "half", 48), (128, "interleaved", 128)]
-)  # fmt: skip
+    ("dim", "pairs", "turned"),
+    [(64, "half", 64), (80, "half", 80), (96, "half", 48), (128, "interleaved", 128)],
+)
 @pytest.mark.parametrize("name", ["fisher2-pre", "fisher4-pre"])
 def test_keys_come_out_of_the_tables(name, dim, pairs, turned, tables):
     rope = Rope(tuple(1e4 ** (-2 * i / turned) for i in range(turned // 2)), pairs=pairs)
@@ -82,7 +83,9 @@ def test_keys_come_out_of_the_tables(name, dim, pairs, turned, tables):
     operand = lower_keys(codec, per_token=True)
     by = before_rope.decoder(operand)
     tables = by.heads.shape[1] + len(by.turns)
-    assert before_rope.nbytes(by.blocks, dim, 4) == tables + (dim + 8) * 16 + 32 + 4 * (128 + dim * 4)
+    assert before_rope.nbytes(by.blocks, dim, 4) == tables + (dim + 8) * 16 + 32 + 4 * (
+        128 + dim * 4
+    )
     wanted = codec.decode(codec.layout.split(page[None]), positions)[0][..., by.channels.long()]
     for h in range(HEADS):
         found = read(page, operand, by, h)
@@ -101,3 +104,17 @@ def test_what_is_not_read_is_refused():
     rope = Rope(tuple(1e4 ** (-i / 128) for i in range(128)))
     with pytest.raises(NotLoweredError, match=r"head_dim 256; 64, 80, 96, 128 are possible"):
         before_rope.decoder(lower_keys(bound("fisher2-pre", 256, rope, plain), per_token=True))
+
+
+def test_huge_gains_and_means_stay_within_float16():
+    rope = Rope(tuple(1e4 ** (-i / 64) for i in range(64)))
+    codec = bound("fisher4-pre", 128, rope, mixed)
+    codec.mean *= 1e4
+    codec.offset *= 1e3
+    operand = lower_keys(codec, per_token=True)
+    by = before_rope.decoder(operand)
+    matrix = half(by.heads[:, by.blocks * 128 :]).view(HEADS, by.blocks, 16, 2, 8, 8)
+    matrix = matrix.permute(0, 1, 2, 4, 3, 5).reshape(HEADS, by.blocks, 128, 16).abs()
+    gain, mean = matrix[:, 0, :, 0], matrix[:, 0, :, 1]
+    keys = 2.0**8 * (8.5 * matrix[:, 1:].sum((1, 3)) + gain) + mean
+    assert float(keys.max()) * 2**0.5 < 65504

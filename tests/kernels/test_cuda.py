@@ -14,7 +14,7 @@ from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Timeline
 from kvfold.codec import Site
 from kvfold.kernels import cuda
-from kvfold.kernels.cuda import build
+from kvfold.kernels.cuda import before_rope, build
 from kvfold.transforms.rope import Rope
 
 decode = pytest.importorskip("kvfold.kernels.triton.decode")
@@ -59,6 +59,12 @@ def spilled(loop):
     return [line for line in loop if re.search(r"\b(LDL|STL)\b", line)]
 
 
+@pytest.fixture(autouse=True)
+def kernels_are_there(monkeypatch):
+    """As on a device: keys before RoPE are read by these kernels alone."""
+    monkeypatch.setattr(cuda, "runs_on", lambda device: True)
+
+
 def layer(name, dim=128, block=128, heads=8):
     preset, made = kvfold.get(name), []
     rope = Rope(tuple(5e5 ** (-2 * i / dim) for i in range(dim // 2)))
@@ -68,7 +74,10 @@ def layer(name, dim=128, block=128, heads=8):
     return decode.lowered(LayerStore(*made, Timeline(4, 64, block)))
 
 
-MEASURED = ["fisher2", "fisher2-post", "fisher4", "kivi4-g64", "kivi2-g32", "turboquant4", "int8"]
+MEASURED = [
+    "fisher2", "fisher2-post", "fisher2-pre", "fisher4", "kivi4-g64", "kivi2-g32", "turboquant4",
+    "int8",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -77,7 +86,8 @@ def test_all_warps_that_launches_count_on_have_registers(name, dim, tmp_path):
     """Of 65,536 of a multiprocessor.
 
     At head_dim 128 nothing spills in the loop over pages (the smallest with all products of
-    digits): local memory would wait behind the copies of pages.
+    digits): local memory would wait behind the copies of pages. Where keys are decoded, next to
+    nothing.
     """
     made = layer(name, dim)
     assert cuda.refuses(made) is None
@@ -92,8 +102,10 @@ def test_all_warps_that_launches_count_on_have_registers(name, dim, tmp_path):
         inner = min(
             (x for x, n in zip(loops, products, strict=True) if n == max(products)), key=len
         )
-        assert kernel == "prepare" or dim == 64 or not spilled(inner), (kernel, spilled(inner))
+        few = 0 if made.decoder is None else 12
+        assert kernel == "prepare" or dim == 64 or len(spilled(inner)) <= few, spilled(inner)
         warps = cut.programs * cut.warps if kernel == "attend" else cuda.PREPARE_WARPS
+        warps += before_rope.BRINGERS if made.decoder is not None else 0
         assert registers * 32 * warps <= 65_536, (kernel, registers)
 
 

@@ -147,7 +147,11 @@ def macros(layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype) -> di
     for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
         found[name] = int(c[name])
     found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype]}
-    found |= {"ZERO_AT": zero_at(layer), "EXACT": EXACT_TOKENS, "TOKEN": layer.decoder.blocks if layer.decoder else 0}
+    found |= {
+        "ZERO_AT": zero_at(layer),
+        "EXACT": EXACT_TOKENS,
+        "TOKEN": layer.decoder.blocks if layer.decoder else 0,
+    }
     found |= {"K_WHOLE": int(layer.key.whole > 0), "WARPS": cut.warps, "PROGRAMS": cut.programs}
     for name, side in (("K", layer.key), ("V", layer.value)):
         found[f"{name}_LEVELS"] = int(side.levels is not None)
@@ -255,10 +259,16 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     least = max(up(max(k, v + weights), 128) for k, v in zip(keys, values, strict=True))
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
-    gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes; angles of decoded keys
+    gains = (
+        4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)
+    )  # made of bytes; angles of decoded keys
     rest = columns_at + max(layer.value.columns * TILE * 4 + ends + gains, exact)
     widths = sum(chunks > 0 for side in (layer.key, layer.value) for chunks in side.chunks)
-    of_all, of_program, of_device = 0 if c["PAGED"] else up(q, 128), WARPS_OF_PROGRAM, WARPS[widths > 2]
+    of_all, of_program, of_device = (
+        0 if c["PAGED"] else up(q, 128),
+        WARPS_OF_PROGRAM,
+        WARPS[widths > 2],
+    )
     if layer.decoder is not None:  # four warps share a product, all share the tables
         of_all = up(before_rope.nbytes(layer.decoder.blocks, layer.key_dim, m), 128)
         of_program, of_device = DECODING_WARPS, DECODING_WARPS[0]

@@ -17,15 +17,15 @@
 
 #define GROUPS_OF_8 (D_K / 16)  // of pairs
 #define TURNS_BYTES (D_K * 256 + D_K * 2)
-#define BRINGERS 4       // warps that bring pages to the others
+#define BRINGERS 4                     // warps that bring pages to the others
 #define BRINGER_BYTES (128 + D_K * 4)  // of shared memory of each
-#define UNITS_AT 112     // of a page's queries, in a warp's part
-#define PLAIN (D_K + 8)  // rows of queries lie in different banks
+#define UNITS_AT 112                   // of a page's queries, in a warp's part
+#define PLAIN (D_K + 8)                // rows of queries lie in different banks
 #define HEAD_BYTES (TOKEN * 128 + TOKEN * D_K * 32)
 
 struct Part {  // of a block of columns, 64 bytes
     u32 at, width, have, blocks;  // first byte, bits of a digit (0: no part), columns; blocks of the head
-    u32 mask[4], factor[4], addend[4];         // by quarter of the page
+    u32 mask[4], factor[4], addend[4];  // by quarter of the page
 };
 
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {

@@ -19,8 +19,9 @@ from kvfold.transforms.rope import Rope
 HEAD_DIMS = 64, 80, 96, 128
 #: columns of a block in the order of the product's rows: four of a thread are two registers
 ORDER = tuple(4 * c + 2 * half + i for half in range(2) for c in range(4) for i in range(2))
-#: the largest entries of the matrix and of the mean: products with digits and gains stay finite
-LARGEST, LARGEST_MEAN = 2.0**-4, 2.0**13
+#: the largest entries of the matrix, the gain term and the mean: with gains up to 2^8 and digits at
+#: their ends, keys stay within float16
+LARGEST, LARGEST_GAIN, LARGEST_MEAN = 2.0**-4, 2.0**4, 2.0**13
 #: warps of a program that bring pages to the others
 BRINGERS = 4
 
@@ -58,8 +59,10 @@ def decoder(key: Operand) -> Decoder:
     channels = order(rope, dim).to(device)
     matrix, gain = key.matrix[:, channels].double().cpu(), key.gain[:, channels].double().cpu()
     mean = torch.zeros_like(gain) if key.mean is None else key.mean[:, 0, channels].double().cpu()
-    limits = ((LARGEST, matrix), (LARGEST_MEAN, mean), (LARGEST_MEAN, gain))
-    exponent = min(int((limit / x.abs().max().clamp_min(1e-30)).log2().floor()) for limit, x in limits)
+    limits = ((LARGEST, matrix), (LARGEST_GAIN, gain), (LARGEST_MEAN, mean))
+    exponent = min(
+        int((limit / x.abs().max().clamp_min(1e-30)).log2().floor()) for limit, x in limits
+    )
     exponent = max(-100, min(exponent, 100))
     found = [blocks(matrix[h], counts) for h, counts in enumerate(key.counts)]
     most = 1 + max(map(len, found))
@@ -137,7 +140,12 @@ def head(
 ) -> Tensor:  # fmt: skip
     """A head's tables as bytes: parts and matrix of `most` blocks."""
     dim = len(matrix)
-    bytes_before = [0, *torch.tensor([c * w * 16 for c, w in zip(counts, SECTIONS, strict=True)]).cumsum(0).tolist()]
+    bytes_before = [
+        0,
+        *torch.tensor([c * w * 16 for c, w in zip(counts, SECTIONS, strict=True)])
+        .cumsum(0)
+        .tolist(),
+    ]
     parts = torch.zeros(most, 2, 16, dtype=torch.int32)
     operand = torch.zeros(most, CHUNK, dim, dtype=torch.float64)
     for e, block in enumerate(found, 1):

@@ -116,8 +116,8 @@ def decode(
         layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
         q, exact_keys, exact_values, tokens, query_tokens, exact, rows, query_heads, queries, group,
         tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
-        work.exact_state, work.exact_splits, *decoding(layer), located.block, located.first, layer.sinks,
-        2.0**-layer.decoder.exponent if layer.decoder else 0.0,
+        work.exact_state, work.exact_splits, *decoding(layer), located.block, located.first,
+        layer.sinks, 2.0**-layer.decoder.exponent if layer.decoder else 0.0,
     )  # fmt: skip
     cuda.attend(
         layer, work.programs, arguments,
