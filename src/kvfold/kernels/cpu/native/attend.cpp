@@ -105,41 +105,32 @@ void make_patterns(const Call& call, const Shape& s, int head, const float* code
                    int8_t* pattern) {
   const Side& key = *call.key;
   const int segments = key.segments ? key.segments : 1;
-  const int64_t stride = up(s.C, 64);
-  int8_t* limbs = static_cast<int8_t*>(scratch(2, int64_t(segments) * s.limbs * stride));
-  for (int m = 0; m < s.M; ++m) {
-    if (segments == 1) {
-      scale[m] = to_limbs(code + int64_t(m) * s.C, s.C, s.limbs, limbs, stride);
-    } else {  // one scale for all segments: to_limbs sees them as one long query
-      scale[m] = to_limbs(code + int64_t(m) * segments * stride,
-                          static_cast<int>(segments * stride), s.limbs, limbs, segments * stride);
-    }
-    const int64_t limb_stride = segments * stride;
-    int chunk0 = 0;
-    for (int i = 0; i < key.sections; ++i) {
-      const Section& part = key.section[head * key.sections + i];
-      const int planes = 8 / part.width, words = key.block * part.width / 16;
-      const int chunks = (part.count + 15) / 16;
-      const int runs = segments == 1 ? 1 : words / s.run[part.width / 2];
-      const int sets = segments == 1 ? 1 : planes * runs;
-      for (int set = 0; set < sets; ++set) {
-        int even = 0, odd = 0;
-        if (segments > 1) {
-          const int plane = set / runs, u = set % runs * s.run[part.width / 2];
-          const int len = key.block / segments;
-          even = (token_of(plane, key.block, words) + u) / len;
-          odd = (token_of(planes + plane, key.block, words) + u) / len;
-        }
-        for (int k = 0; k < chunks; ++k)
-          for (int l = 0; l < s.limbs; ++l) {
-            const int8_t* from = limbs + l * limb_stride + part.start + 16 * k;
-            int8_t* to = pattern + set * s.set_bytes +
-                         ((int64_t(chunk0 + k) * s.M + m) * s.limbs + l) * 32;
-            key_pattern(from + even * stride, from + odd * stride, part.count - 16 * k, to);
-          }
+  const int64_t stride = up(s.C, 64), of_limb = segments * stride, of_query = s.limbs * of_limb;
+  int8_t* limbs = static_cast<int8_t*>(scratch(2, s.M * of_query + kBytes));
+  const int64_t n = segments == 1 ? s.C : of_limb;  // one scale for all segments
+  for (int m = 0; m < s.M; ++m)
+    scale[m] = to_limbs(code + m * n, static_cast<int>(n), s.limbs, limbs + m * of_query, of_limb);
+  int chunk0 = 0;
+  for (int i = 0; i < key.sections; ++i) {
+    const Section& part = key.section[head * key.sections + i];
+    const int planes = 8 / part.width, words = key.block * part.width / 16;
+    const int runs = segments == 1 ? 1 : words / s.run[part.width / 2];
+    const int sets = segments == 1 ? 1 : planes * runs;
+    for (int set = 0; set < sets; ++set) {
+      int lower = 0, upper = 0;
+      if (segments > 1) {
+        const int plane = set / runs, u = set % runs * s.run[part.width / 2];
+        const int len = key.block / segments;
+        lower = (token_of(plane, key.block, words) + u) / len;
+        upper = (token_of(planes + plane, key.block, words) + u) / len;
       }
-      chunk0 += chunks;
+      for (int j = 0; j < s.M * s.limbs; ++j) {
+        const int8_t* from = limbs + j * of_limb + part.start;
+        key_pattern(from + lower * stride, from + upper * stride, part.count,
+                    pattern + set * s.set_bytes + j * kPatternRow + 32 * chunk0);
+      }
     }
+    chunk0 += (part.count + 15) / 16;
   }
 }
 
@@ -186,14 +177,12 @@ struct Room {
   float* part;       // [M][B] scores of one group
   float* gains;      // [kBatch][groups][B]
   float* offsets;    // [kBatch][groups][B]
-  float* z;
   float* tile;       // decoded columns or states
   uint8_t* digits;   // [columns][B] of up to kBatch pages
   uint16_t* column;
   uint8_t* copy;     // sections with their rows widened to whole vectors
   int8_t* limbs;     // of weights, and their patterns
   int8_t* value_patterns;
-  float* raw;        // [M][padded columns] sums in the order of value_columns
   float* by;         // [M]
 };
 
@@ -229,7 +218,6 @@ Room room_of(const Work& w, bool measure, int64_t* bytes) {
   r.part = l.take<float>(M * s.B);
   r.gains = l.take<float>(kBatch * G * s.B * (key.share > 1 ? key.share : 1));
   r.offsets = l.take<float>(kBatch * G * s.B * (key.share > 1 ? key.share : 1));
-  r.z = l.take<float>(M * s.B * 2 + 64 * kRows);
   // columns of 16 coordinates, a row of states a token, or keys of a token's own position
   r.tile = l.take<float>(up(s.B, 16) * (dims > 16 ? dims : 16) + kBatch * s.B);
   r.digits = l.take<uint8_t>(int64_t(most) * s.B * kBatch * (key.share > 1 ? key.share : 1) + 256);
@@ -237,7 +225,6 @@ Room room_of(const Work& w, bool measure, int64_t* bytes) {
   r.copy = l.take<uint8_t>(64 * (int64_t(s.B) + 16) * ((most + 15) / 16 + 3) * kBatch + 256);
   r.limbs = l.take<int8_t>(int64_t(M) * kLimbs * tokens);
   r.value_patterns = l.take<int8_t>(int64_t(kBatch) * M * kLimbs * 8 * (up(s.B, 64) + 64));
-  r.raw = l.take<float>(M * (up(value.columns, 64) + 64 * (value.groups + 3)));
   r.by = l.take<float>(M);
   *bytes = l.used + 128;
   return r;
@@ -260,8 +247,9 @@ void turn_back(const Call& call, const Shape& s, int row, int block, const float
 }
 
 // Sums of digits for every token: scores [M][stride] += .
-void digit_scores(const Work& w, const Room& r, const uint8_t* page, int head,
-                  const int8_t* pattern, const float* scale, float* scores, int64_t stride) {
+void digit_scores(const Work& w, const Room& r, const uint8_t* page, int64_t next,
+                  int head, const int8_t* pattern, const float* scale, float* scores,
+                  int64_t stride) {
   const Call& call = *w.call;
   const Side& key = *call.key;
   const Shape& s = w.shape;
@@ -271,24 +259,27 @@ void digit_scores(const Work& w, const Room& r, const uint8_t* page, int head,
     const Section& part = key.section[head * key.sections + i];
     if (!part.count) continue;
     const int words = key.block * part.width / 16, chunks = (part.count + 15) / 16;
-    const bool near_end = part.at + 2LL * part.count * words + kOverread > call.page_bytes;
+    // whole vectors of words are read
+    const int64_t bytes = 32LL * up(words, kWords);
+    const bool near_end =
+        part.at + 2LL * part.count * words + bytes - 32 * words > call.page_bytes;
     uint8_t* copy = r.copy;
     for (int k = 0; k < chunks; ++k) {
       const uint8_t* from = page + part.at + 32LL * k * words;
       const int across = lower(16, part.count - 16 * k);
       chunk[k] = from;
       if (across < 16 || (near_end && k == chunks - 1)) {
-        memset(copy, 0, 32 * static_cast<size_t>(words) + 64);
+        memset(copy, 0, static_cast<size_t>(bytes));
         for (int u = 0; u < words; ++u)
           memcpy(copy + 32 * u, from + 2LL * u * across, 2 * static_cast<size_t>(across));
         chunk[k] = copy;
-        copy += 32 * words + 64;
+        copy += bytes;
       }
     }
-    const KeyPatterns patterns{pattern + int64_t(chunk0) * s.M * s.limbs * 32, s.set_bytes,
+    const KeyPatterns patterns{pattern + 32LL * chunk0, s.set_bytes,
                                key.segments > 1 ? s.run[part.width / 2] : 0};
 #define KEYS(W, L) \
-  key_section<W, L>(chunk, chunks, key.block, patterns, s.M, scale, scores, stride, r.z)
+  key_section<W, L>(chunk, chunks, key.block, next, patterns, s.M, scale, scores, stride)
     if (s.limbs == 2) {
       if (part.width == 4) KEYS(4, 2);
       if (part.width == 2) KEYS(2, 2);
@@ -403,12 +394,14 @@ void token_scores(const Work& w, const Room& r, const uint8_t* page, int row, in
 }
 
 // Scores [M][stride] of one page.
-void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* page, int row,
-                 int head, int block, float* scores, int64_t stride) {
+void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* page,
+                 int64_t next, int row, int head, int block, float* scores, int64_t stride) {
   const Call& call = *w.call;
   const Side& key = *call.key;
   const Shape& s = w.shape;
   const int B = s.B, M = s.M;
+  fetch_parameters(key, page + next, head);
+  fetch_parameters(*call.value, page, head);
   for (int m = 0; m < M; ++m) zero(scores + m * stride, B);
   const float* states = q.states;
   if (key.turns != kNothing) {
@@ -446,9 +439,15 @@ void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* 
       widen(zeros + 2LL * g * s.C, kFloat16, s.C, r.tile + s.C);
       for (int m = 0; m < M; ++m) {
         float* to = r.code + (int64_t(m) * key.segments + g) * padded;
-        zero(to, padded);
-        for (int c = 0; c < s.C; ++c) to[c] = states[m * s.D + c] * r.tile[c];
-        r.page_gain[m * key.segments + g] = dot_float(states + m * s.D, r.tile + s.C, s.C);
+        F zeros_part{};
+        int c = 0;
+        for (; c < s.C; c += kLanes) {
+          const F x = load_some(states + int64_t(m) * s.D + c, s.C - c);
+          store_some(to + c, x * load_some(r.tile + c, s.C - c), s.C - c);
+          zeros_part += x * load_some(r.tile + s.C + c, s.C - c);
+        }
+        if (padded > s.C) zero(to + s.C, padded - s.C);
+        r.page_gain[m * key.segments + g] = sum(zeros_part);
       }
     }
     make_patterns(call, s, head, r.code, r.scale, r.pattern);
@@ -456,7 +455,7 @@ void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* 
     constants = key.segments;
   }
   if (key.kind == kDigits) {
-    digit_scores(w, r, page, head, pattern, scale, scores, stride);
+    digit_scores(w, r, page, next, head, pattern, scale, scores, stride);
     const int run = B / constants;
     for (int m = 0; m < M; ++m)
       for (int g = 0; g < constants; ++g) {
@@ -531,17 +530,19 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
     if (low >= high) continue;
     const int bytes = column_bytes(B, part.width), stored = B * part.width / 8;
     const int planes = 8 / part.width;
-    const int64_t of_page = int64_t(planes) * M * s.limbs * bytes;
-    if (bytes != stored) memset(r.value_patterns, 0, static_cast<size_t>(of_page * pages));
+    const int64_t of_query = int64_t(planes) * s.limbs * bytes;  // of a page
+    if (bytes != stored) memset(r.value_patterns, 0, static_cast<size_t>(of_query * M * pages));
+    const int piece = lower(bytes, kBytes);  // of a column
     for (int m = 0; m < M; ++m) {
+      const int first_row = m / kRows * kRows, rows = lower(kRows, M - first_row) * s.limbs;
       for (int p = 0; p < pages; ++p)
         for (int l = 0; l < s.limbs; ++l) {
           const int8_t* from = r.limbs + (int64_t(m) * s.limbs + l) * tokens + p * B;
-          int8_t* to = r.value_patterns + p * of_page + (int64_t(m) * s.limbs + l) * bytes;
-          const int64_t plane = int64_t(M) * s.limbs * bytes;
-          if (part.width == 4) value_pattern<4>(from, B, to, plane);
-          if (part.width == 2) value_pattern<2>(from, B, to, plane);
-          if (part.width == 1) value_pattern<1>(from, B, to, plane);
+          int8_t* to = r.value_patterns + of_query * (first_row * pages + p * rows / s.limbs) +
+                       ((m - first_row) * s.limbs + l) * piece;
+          if (part.width == 4) value_pattern<4>(from, B, piece, rows, to);
+          if (part.width == 2) value_pattern<2>(from, B, piece, rows, to);
+          if (part.width == 1) value_pattern<1>(from, B, piece, rows, to);
         }
     }
     const uint8_t* column[kBatch];
@@ -550,21 +551,20 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
     for (int p = 0; p < pages; ++p) {
       const int64_t at = part.at + int64_t(low - part.start) * stored;
       column[p] = page[p] + at;
-      if (bytes != stored || at + int64_t(n) * stored + kOverread > call.page_bytes) {
+      // whole vectors of columns are read
+      if (bytes != stored || at + up(n, kLanes) * stored > call.page_bytes) {
         for (int c = 0; c < n; ++c) {
           memcpy(copy + c * bytes, column[p] + c * stored, static_cast<size_t>(stored));
           memset(copy + c * bytes + stored, 0, static_cast<size_t>(bytes - stored));
         }
         column[p] = copy;
-        memset(copy + n * bytes, 0, 64);
-        copy += up(n * bytes + 64, 64);
+        copy += up(n, kLanes) * bytes;
       }
     }
-    const int64_t padded = padded_columns(n, bytes);
     const int centre = value.centred ? 1 << (part.width - 1) : 0;
-    zero(r.raw, padded * M);
-#define VALUES(W, L) \
-  value_section<W, L>(column, pages, n, bytes, r.value_patterns, M, r.by, centre, r.raw, padded)
+#define VALUES(W, L)                                                                          \
+  value_section<W, L>(column, pages, n, bytes, r.value_patterns, M, r.by, centre, \
+                      t.columns + low, w.width)
     if (s.limbs == 2) {
       if (part.width == 4) VALUES(4, 2);
       if (part.width == 2) VALUES(2, 2);
@@ -575,8 +575,6 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
       if (part.width == 1) VALUES(1, 3);
     }
 #undef VALUES
-    for (int m = 0; m < M; ++m)
-      add_columns(r.raw + m * padded, n, bytes, t.columns + int64_t(m) * w.width + low);
   }
 }
 
@@ -713,9 +711,10 @@ void packed_part(const Work& w, const Room& r, int row, int head, int split, con
   for (int b = split * kSplit; b < end; b += kBatch) {
     const int pages = lower(kBatch, end - b);
     const uint8_t* page[kBatch];
+    for (int p = 0; p < pages; ++p) page[p] = page_of(call, row, b + p);
     for (int p = 0; p < pages; ++p) {
-      page[p] = page_of(call, row, b + p);
-      page_scores(w, q, r, page[p], row, head, b + p, r.scores + p * s.B, stride);
+      const int64_t next = p + 1 < pages ? page[p + 1] - page[p] : 0;
+      page_scores(w, q, r, page[p], next, row, head, b + p, r.scores + p * s.B, stride);
     }
     weigh(w, r.scores, stride, pages * s.B, row, t, call.value->columns);
     page_values(w, r, page, pages, head, t);
@@ -899,7 +898,7 @@ void attend(const Call& call) {
     const int sets = 8 / width * (words / s.run[width / 2] ? words / s.run[width / 2] : 1);
     if (key.segments && sets > s.sets) s.sets = sets;
   }
-  s.set_bytes = int64_t(s.chunks) * s.M * s.limbs * 32;
+  s.set_bytes = s.M * s.limbs * kPatternRow;
   s.pattern_bytes = s.set_bytes * s.sets;
   int most = 0;
   for (int r = 0; r < call.rows; ++r) most = call.folded[r] > most ? call.folded[r] : most;

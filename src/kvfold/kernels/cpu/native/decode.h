@@ -105,6 +105,20 @@ static void widen(const void* from, int type, int n, float* out) {
 
 INLINE int64_t type_size(int type) { return type == kFloat32 ? 4 : type == kE4M3 ? 1 : 2; }
 
+INLINE void fetch_run(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) fetch(p + i);
+}
+
+// What a head's page has beside columns, into the cache.
+static void fetch_parameters(const Side& side, const uint8_t* page, int head) {
+  const int64_t n = int64_t(side.block) * side.groups, steps = 2LL * side.segments * side.columns;
+  if (side.gain_size && !side.gain_next)
+    fetch_run(page + side.gain_at + head * n * side.gain_size, n * side.gain_size);
+  if (side.offset_at >= 0) fetch_run(page + side.offset_at + 2 * head * n, 2 * n);
+  fetch_run(page + side.scale_at + head * steps, steps);
+  fetch_run(page + side.zero_at + head * steps, steps);
+}
+
 // One token's parameters of a head, gathered by group: out [groups][block].
 static void read_gains(const Side& side, const uint8_t* page, int head, const float* gain_table,
                        float* out) {

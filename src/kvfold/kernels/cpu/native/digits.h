@@ -11,7 +11,8 @@ namespace kvfold {
 namespace KVFOLD_NAMESPACE {
 namespace {
 
-// `x` [n] to limbs [limbs][stride], behind n zeros up to `stride`; the value of the last limb's 1
+// `x` [n] to limbs [limbs][stride], behind n zeros up to `stride`, a multiple of kLanes; the value of
+// the last limb's 1
 static float to_limbs(const float* x, int n, int limbs, int8_t* out, int64_t stride) {
   F most{};
   for (int i = 0; i < n; i += kLanes) {
@@ -25,14 +26,8 @@ static float to_limbs(const float* x, int n, int limbs, int8_t* out, int64_t str
   const int32_t middle = limbs == 3 ? 0x808080 : 0x8080;
   for (int i = 0; i < stride; i += kLanes) {
     const F y = i < n ? load_some(x + i, n - i) * inverse : F{};
-    const F away = y < F{} ? all(-0.5f) : all(0.5f);
-    const I code = (__builtin_convertvector(y + away, I) + middle) ^ middle;
-    for (int l = 0; l < limbs; ++l) {
-      typedef int8_t B __attribute__((vector_size(kLanes)));
-      const B bytes = __builtin_convertvector(code >> (8 * l), B);
-      const int64_t rest = stride - i;
-      memcpy(out + l * stride + i, &bytes, static_cast<size_t>(rest < kLanes ? rest : kLanes));
-    }
+    const I code = (nearest(y) + middle) ^ middle;
+    store_limbs(code, limbs, out + i, stride);
   }
   return top / limit;
 }
@@ -49,110 +44,88 @@ INLINE int token_of(int k, int block, int words) { return (k & 3) * (block / 4) 
 
 // --- keys: chunks of 16 columns, each [words][16] ------------------------------------------------
 
-// Limbs of a chunk's 16 columns as `key_rows` meets them: for either half of the digits of a byte
-// pair, 8 columns, then the other 8. The halves may belong to segments with queries of their own.
-INLINE void key_pattern(const int8_t* even, const int8_t* odd, int columns, int8_t* out) {
-  if (columns >= 16) {
-    memcpy(out, even, 8), memcpy(out + 8, odd, 8);
-    memcpy(out + 16, even + 8, 8), memcpy(out + 24, odd + 8, 8);
-    return;
-  }
-  int8_t both[2][16] = {};
-  memcpy(both[0], even, static_cast<size_t>(columns));
-  memcpy(both[1], odd, static_cast<size_t>(columns));
-  for (int i = 0; i < 4; ++i) memcpy(out + 8 * i, both[i & 1] + 8 * (i >> 1), 8);
+constexpr int kWords = kLanes / 2;  // words of a column worked on together
+
+// Bytes of a query's limbs in a pattern: whole cache lines, an odd number of them, so that the
+// queries lie in different sets of the cache. Holds MAX_COLUMNS of tables.py.
+constexpr int64_t kPatternRow = 35 * 64;
+
+// Limbs of a query's columns as `key_rows` meets them: of 4 columns for the lower digits of a byte
+// pair, then for the upper ones, which may belong to a segment with queries of its own.
+INLINE void key_pattern(const int8_t* lower, const int8_t* upper, int columns, int8_t* out) {
+  for (int c = 0; c < columns; c += kBytes) interleave_words(lower + c, upper + c, out + 2 * c);
 }
 
 struct KeyPatterns {
-  const int8_t* data;   // [sets][chunks][queries][limbs][32]
+  const int8_t* data;   // [sets][queries][limbs][kPatternRow]
   int64_t set;          // bytes of a set
   int run;              // words that share a set; 0: one set for all
 };
 
-// z [M][planes / 2][words][4]: sums over a section's columns, per word and pair of digits
-template <int W, int L, int M, bool kSegments>
-static void key_rows(const uint8_t* const* chunk, int chunks, int words, KeyPatterns patterns,
-                     int queries, float* z, int64_t z_words) {
+// scores [M][stride] += scale * sums over a section's columns. A vector holds 4 columns of kWords
+// words, a lane what belongs to one token, so that nothing is summed across lanes. The next page's
+// codes, `next` bytes further on, are fetched meanwhile.
+template <int W, int L, int M>
+static void key_rows(const uint8_t* const* chunk, int chunks, int block, int64_t next,
+                     KeyPatterns patterns, const float* scale, float* scores, int64_t stride) {
   constexpr int kPlanes = 8 / W;
-  constexpr int kStep = kBytes > 32 ? kBytes / 32 : 1;
-  constexpr int kHalves = kBytes < 32 ? 2 : 1;
-  for (int u = 0; u < words; u += kStep) {
+  const int words = block * W / 16;
+  for (int u = 0; u < words; u += kWords) {
+    const int some = words - u < kWords ? words - u : kWords;
 #pragma GCC unroll 4
     for (int s = 0; s < kPlanes; s += 2) {
-      const int8_t* even = patterns.data;
-      const int8_t* odd = patterns.data;
-      if (kSegments) {
+      const int8_t* first = patterns.data;
+      const int8_t* second = patterns.data;
+      if (patterns.run) {
         const int runs = words / patterns.run, at = u / patterns.run;
-        even += (s * runs + at) * patterns.set;
-        odd += ((s + 1) * runs + at) * patterns.set;
+        first += (s * runs + at) * patterns.set;
+        second += ((s + 1) * runs + at) * patterns.set;
       }
-      I x[M][L] = {}, y[M][L] = {};
-      for (int k = 0; k < chunks; ++k)
-        for (int half = 0; half < kHalves; ++half) {
-          const U raw = split(load<U>(chunk[k] + 32 * u + 16 * half));
-          const U a = digit<W>(raw, s), b = digit<W>(raw, s + 1);
+      I x[M][L], y[M][L];
+      for (int m = 0; m < M; ++m)  // `= {}` would go through memory
+        for (int l = 0; l < L; ++l) x[m][l] = y[m][l] = I{};
+      for (int k = 0; k < chunks; ++k) {
+        const uint8_t* from = chunk[k] + 32 * u;
+        U raw[4];
+        by_token(from, raw);
+        if (s == 0)
+          for (int i = 0; i < 4 * kBytes; i += 64) fetch(from + next + i);
+        for (int j = 0; j < 4; ++j) {
+          const U a = digit<W>(raw[j], s), b = digit<W>(raw[j], s + 1);
           for (int m = 0; m < M; ++m)
             for (int l = 0; l < L; ++l) {
-              const int64_t at = ((int64_t(k) * queries + m) * L + l) * 32 + 16 * half;
-              const U q = repeated<32>(even + at);
-              x[m][l] = dot(x[m][l], a, q);
-              y[m][l] = dot(y[m][l], b, kSegments ? repeated<32>(odd + at) : q);
+              const int64_t at = (m * L + l) * kPatternRow + 32 * k + 8 * j;
+              x[m][l] = dot(x[m][l], a, repeated<8>(first + at));
+              y[m][l] = dot(y[m][l], b, repeated<8>(second + at));
             }
         }
+      }
       for (int m = 0; m < M; ++m) {
-        const F both = pairs(joined<L>(x[m]), joined<L>(y[m]));
-        float* to = z + ((m * (kPlanes / 2) + s / 2) * z_words + u) * 4;
-        if constexpr (kBytes == 16) {
-          store(to, both);
-        } else {
-          for (int i = 0; i < kStep; ++i)
-            store(to + 4 * i, quarter(both, 2 * i) + quarter(both, 2 * i + 1));
-        }
+        float* to = scores + m * stride + u;
+        add_halves(joined<L>(x[m]) * scale[m], to + token_of(s, block, words),
+                   to + token_of(kPlanes + s, block, words), some);
+        add_halves(joined<L>(y[m]) * scale[m], to + token_of(s + 1, block, words),
+                   to + token_of(kPlanes + s + 1, block, words), some);
       }
     }
   }
 }
 
-// scores [queries][stride] += scale * sums over the columns of a section
 template <int W, int L>
-static void key_section(const uint8_t* const* chunk, int chunks, int block, KeyPatterns patterns,
-                        int queries, const float* scale, float* scores, int64_t stride, float* z) {
-  constexpr int kPlanes = 8 / W;
+static void key_section(const uint8_t* const* chunk, int chunks, int block, int64_t next,
+                        KeyPatterns patterns, int queries, const float* scale, float* scores, int64_t stride) {
   constexpr int kMost = kBytes == 32 ? 2 : kRows;
-  const int words = block * W / 16;
-  const int64_t z_words = words + 1;  // an odd one is computed along
   for (int m = 0; m < queries; m += kMost) {
-    const int some = queries - m < kMost ? queries - m : kMost;
     KeyPatterns here = patterns;
-    here.data += m * L * 32;
-    switch (some + (patterns.run ? 4 : 0)) {
-      case 1: key_rows<W, L, 1, false>(chunk, chunks, words, here, queries, z, z_words); break;
-      case 2: key_rows<W, L, 2, false>(chunk, chunks, words, here, queries, z, z_words); break;
-      case 3: key_rows<W, L, 3, false>(chunk, chunks, words, here, queries, z, z_words); break;
-      case 4: key_rows<W, L, 4, false>(chunk, chunks, words, here, queries, z, z_words); break;
-      case 5: key_rows<W, L, 1, true>(chunk, chunks, words, here, queries, z, z_words); break;
-      case 6: key_rows<W, L, 2, true>(chunk, chunks, words, here, queries, z, z_words); break;
-      case 7: key_rows<W, L, 3, true>(chunk, chunks, words, here, queries, z, z_words); break;
-      case 8: key_rows<W, L, 4, true>(chunk, chunks, words, here, queries, z, z_words); break;
+    here.data += m * L * kPatternRow;
+    const float* by = scale + m;
+    float* to = scores + m * stride;
+    switch (queries - m < kMost ? queries - m : kMost) {
+      case 1: key_rows<W, L, 1>(chunk, chunks, block, next, here, by, to, stride); break;
+      case 2: key_rows<W, L, 2>(chunk, chunks, block, next, here, by, to, stride); break;
+      case 3: key_rows<W, L, 3>(chunk, chunks, block, next, here, by, to, stride); break;
+      case 4: key_rows<W, L, 4>(chunk, chunks, block, next, here, by, to, stride); break;
     }
-    for (int i = 0; i < some; ++i)
-      for (int s = 0; s < kPlanes; s += 2) {
-        const float* from = z + (i * (kPlanes / 2) + s / 2) * z_words * 4;
-        float* to[4];
-        for (int j = 0; j < 4; ++j) {
-          const int k = kPlanes * (j & 1) + s + (j >> 1);
-          to[j] = scores + (m + i) * stride + token_of(k, block, words);
-        }
-        const float by = scale[m + i];
-        int u = 0;
-        for (; u + kLanes <= words; u += kLanes) {
-          F column[4];
-          every_fourth(from + 4 * u, column);
-          for (int j = 0; j < 4; ++j) store(to[j] + u, load<F>(to[j] + u) + column[j] * by);
-        }
-        for (; u < words; ++u)
-          for (int j = 0; j < 4; ++j) to[j][u] += by * from[4 * u + j];
-      }
   }
 }
 
@@ -164,120 +137,89 @@ INLINE int column_bytes(int block, int width) {
   return bytes <= 16 ? 16 : bytes <= 32 ? 32 : (bytes + 63) / 64 * 64;
 }
 
-// Limbs of a page's tokens as they meet the digits of a column: [planes][column_bytes].
+// Limbs of a page's tokens as they meet the digits of a column, in parts that fill a vector:
+// `out` [parts][planes][rows][part], of which this is one row.
 template <int W>
-static void value_pattern(const int8_t* limbs, int block, int8_t* out, int64_t plane_stride) {
+static void value_pattern(const int8_t* limbs, int block, int part, int rows, int8_t* out) {
   constexpr int kPlanes = 8 / W;
   const int words = block * W / 16;
-  for (int s = 0; s < kPlanes; ++s) {
-    const int8_t* even = limbs + token_of(s, block, words);
-    const int8_t* odd = limbs + token_of(kPlanes + s, block, words);
-    interleave(even, odd, words, out + s * plane_stride);
+  for (int u = 0; u < words; u += part / 2) {
+    const int some = words - u < part / 2 ? words - u : part / 2;
+    for (int s = 0; s < kPlanes; ++s) {
+      const int8_t* even = limbs + token_of(s, block, words) + u;
+      const int8_t* odd = limbs + token_of(kPlanes + s, block, words) + u;
+      interleave(even, odd, some, out);
+      out += rows * part;
+    }
   }
-}
-
-// Columns in the order in which `value_columns` leaves their sums: four vectors side by side.
-INLINE int columns_of_vector(int bytes) { return bytes < kBytes ? kBytes / bytes : 1; }
-INLINE int padded_columns(int count, int bytes) {
-  const int group = 4 * columns_of_vector(bytes);
-  return (count + group - 1) / group * group;
-}
-// out [count] += the sums in their own order
-INLINE void add_columns(const float* sums, int count, int bytes, float* out) {
-  const int per = columns_of_vector(bytes);
-  if (per == 1) {
-    for (int c = 0; c < count; ++c) out[c] += sums[c];
-    return;
-  }
-  for (int first = 0; first < count; first += 4 * per)
-    for (int sub = 0; sub < per; ++sub)
-      for (int i = 0; i < 4; ++i) {
-        const int c = first + i * per + sub;
-        if (c < count) out[c] += sums[first + sub * 4 + i];
-      }
 }
 
 // out [M][stride] += scale * sums over the tokens of `pages` pages, for every column of a section, of
-// digits less `centre`: taken off the integers, or the sums of large digits lose what the codes hold
+// digits less `centre`: taken off the integers, or the sums of large digits lose what the codes hold.
+// `pattern` [pages][parts of a column][planes][M][L][kColumn] is met in that order. A vector holds 4
+// bytes of kLanes columns, a lane what belongs to one column, so that nothing is summed across lanes.
 template <int W, int L, int M, int kColumn>
 static void value_columns(const uint8_t* const* page, int pages, int count, int bytes,
-                          const int8_t* pattern, int queries, const float* scale, int centre,
-                          float* out, int64_t stride) {
+                          const int8_t* pattern, const float* scale, int centre, float* out,
+                          int64_t stride) {
   constexpr int kPlanes = 8 / W;
-  constexpr int kTogether = KVFOLD_BITS == 512 ? 2 : 1;
-  constexpr int kPer = kColumn < kBytes ? kBytes / kColumn : 1;
-  const int vectors = (count + kPer - 1) / kPer;
-  const int parts = bytes > kBytes ? bytes / kBytes : 1;
-  const int64_t step = bytes > kBytes ? bytes : kBytes;
-  I start[M][L] = {};
-  if (centre)
-    for (int p = 0; p < pages; ++p)
-      for (int part = 0; part < parts; ++part)
-        for (int s = 0; s < kPlanes; ++s)
-          for (int m = 0; m < M; ++m)
-            for (int l = 0; l < L; ++l) {
-              const int8_t* limb = pattern + (int64_t(p) * kPlanes + s) * queries * L * bytes +
-                                   part * kBytes + (m * L + l) * bytes;
-              start[m][l] = dot(start[m][l], U{} + 1, repeated<kColumn>(limb));
-            }
+  const int parts = bytes / kColumn;
+  I start[M][L];
   for (int m = 0; m < M; ++m)
-    for (int l = 0; l < L; ++l) start[m][l] *= -centre;
-  for (int v = 0; v < vectors; v += 4) {
-    F found[4][M] = {};
-    for (int i = 0; i < 4; i += kTogether) {
-      if (v + i >= vectors) break;
-      // a second vector that is not there is read again, and dropped
-      const int second = v + i + kTogether - 1 < vectors ? kTogether - 1 : 0;
-      I acc[kTogether][M][L];
-      for (int j = 0; j < kTogether; ++j)
-        for (int m = 0; m < M; ++m)
-          for (int l = 0; l < L; ++l) acc[j][m][l] = start[m][l];
-      for (int p = 0; p < pages; ++p)
-        for (int part = 0; part < parts; ++part) {
-          const uint8_t* from = page[p] + (v + i) * step + part * kBytes;
-          U raw[kTogether];
-          raw[0] = load<U>(from);
-          if (kTogether == 2) raw[kTogether - 1] = load<U>(from + second * step);
+    for (int l = 0; l < L; ++l) {
+      I total{};
+      const int8_t* limb = pattern + (m * L + l) * kColumn;
+      if (centre)
+        for (int i = 0; i < pages * parts * kPlanes; ++i, limb += M * L * kColumn)
+          total = dot(total, U{} + 1, repeated<kColumn>(limb));
+      int32_t all_of_it = 0;
+      for (int i = 0; i < kColumn / 4; ++i) all_of_it += total[i];
+      start[m][l] = I{} - all_of_it * centre;
+    }
+  for (int c = 0; c < count; c += kLanes) {
+    I acc[M][L];
+    for (int m = 0; m < M; ++m)
+      for (int l = 0; l < L; ++l) acc[m][l] = start[m][l];
+    const int8_t* limb = pattern;
+    for (int p = 0; p < pages; ++p)
+      for (int part = 0; part < parts; ++part) {
+        const uint8_t* from = page[p] + int64_t(c) * bytes + part * kColumn;
+        U raw[kColumn / 4];
+        by_column<kColumn>(from, bytes, raw);
+        for (int i = 0; i < kLanes * kColumn; i += 64) fetch(from + kLanes * bytes + i);
+#pragma GCC unroll 16
+        for (int j = 0; j < kColumn / 4; ++j)
 #pragma GCC unroll 8
           for (int s = 0; s < kPlanes; ++s) {
-            U d[kTogether];
-            for (int j = 0; j < kTogether; ++j) d[j] = digit<W>(raw[j], s);
-            const int8_t* limb =
-                pattern + (int64_t(p) * kPlanes + s) * queries * L * bytes + part * kBytes;
+            const U d = digit<W>(raw[j], s);
             for (int m = 0; m < M; ++m)
               for (int l = 0; l < L; ++l) {
-                const U x = repeated<kColumn>(limb + (m * L + l) * bytes);
-                for (int j = 0; j < kTogether; ++j) acc[j][m][l] = dot(acc[j][m][l], d[j], x);
+                const int at = ((s * M + m) * L + l) * kColumn + 4 * j;
+                acc[m][l] = dot(acc[m][l], d, repeated<4>(limb + at));
               }
           }
-        }
-      for (int j = 0; j < kTogether; ++j)
-        if (j == 0 || second)
-          for (int m = 0; m < M; ++m) found[i + j][m] = joined<L>(acc[j][m]);
-    }
-    for (int m = 0; m < M; ++m) {
-      const F x = pairs(pairs(found[0][m], found[1][m]), pairs(found[2][m], found[3][m]));
-      float* to = out + m * stride + v * kPer;
-      constexpr int kQuarters = kBytes / 16 / kPer;
-      for (int sub = 0; sub < kPer; ++sub) {
-        F4 total = quarter(x, sub * kQuarters);
-        for (int i = 1; i < kQuarters; ++i) total += quarter(x, sub * kQuarters + i);
-        store(to + 4 * sub, load<F4>(to + 4 * sub) + total * scale[m]);
+        limb += kPlanes * M * L * kColumn;
       }
+    for (int m = 0; m < M; ++m) {
+      float* to = out + m * stride + c;
+      const F sums = columns_in_order<kColumn>(joined<L>(acc[m])) * scale[m];
+      store_some(to, load_some(to, count - c) + sums, count - c);
     }
   }
 }
 
+// `pattern` as above for every kRows queries
 template <int W, int L, int kColumn>
 static void value_queries(const uint8_t* const* page, int pages, int count, int bytes,
                           const int8_t* pattern, int queries, const float* scale, int centre,
                           float* out, int64_t stride) {
+  const int64_t of_query = int64_t(pages) * (8 / W) * L * bytes;
   for (int m = 0; m < queries; m += kRows) {
-    const int8_t* limb = pattern + int64_t(m) * L * bytes;
+    const int8_t* limb = pattern + m * of_query;
     const float* by = scale + m;
     float* to = out + m * stride;
 #define VALUES(M) \
-  value_columns<W, L, M, kColumn>(page, pages, count, bytes, limb, queries, by, centre, to, stride)
+  value_columns<W, L, M, kColumn>(page, pages, count, bytes, limb, by, centre, to, stride)
     switch (queries - m) {
       case 1: VALUES(1); break;
       case 2: VALUES(2); break;
@@ -292,16 +234,14 @@ template <int W, int L>
 static void value_section(const uint8_t* const* page, int pages, int count, int bytes,
                           const int8_t* pattern, int queries, const float* scale, int centre,
                           float* out, int64_t stride) {
-  if (bytes >= kBytes) {
-    value_queries<W, L, kBytes>(page, pages, count, bytes, pattern, queries, scale, centre, out,
-                                stride);
-  } else if (bytes == 16) {
-    value_queries<W, L, 16>(page, pages, count, bytes, pattern, queries, scale, centre, out,
-                                stride);
-  } else {
-    value_queries<W, L, 32>(page, pages, count, bytes, pattern, queries, scale, centre, out,
-                                stride);
-  }
+#define VALUES(N) \
+  value_queries<W, L, N>(page, pages, count, bytes, pattern, queries, scale, centre, out, stride)
+  if constexpr (kBytes > 16)
+    if (bytes == 16) return VALUES(16);
+  if constexpr (kBytes > 32)
+    if (bytes == 32) return VALUES(32);
+  VALUES(kBytes);
+#undef VALUES
 }
 
 // --- digits as bytes, for codes that are looked up -----------------------------------------------

@@ -22,7 +22,6 @@ enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kE4M3 = 3 };
 constexpr int kLimbs = 3;     // int8 limbs of a fixed-point number, at most
 constexpr int kBatch = 4;     // pages whose softmax and values are worked on together
 constexpr int kSplit = 8;     // pages of a task; results do not depend on threads or rows
-constexpr int kOverread = 64; // bytes that may be read behind a section
 
 struct Section {
   int32_t width;  // bits of a digit

@@ -63,16 +63,77 @@ INLINE void store_some(float* p, F x, int n) {
   memcpy(p, &x, sizeof(float) * static_cast<unsigned>(n));
 }
 
+// the nearest whole numbers, those half-way away from zero
+INLINE I nearest(F x) {
+  const W32 sign = bits<W32>(x) & 0x80000000u;
+  return __builtin_convertvector(x + bits<F>(sign | bits<W32>(all(0.5f))), I);
+}
+
+typedef float Half __attribute__((vector_size(kBytes / 2)));
+
+// the lower or upper half
+INLINE Half half_of(F x, int i) {
+#if KVFOLD_BITS == 512
+  return bits<Half>(i ? _mm512_extractf32x8_ps(bits<__m512>(x), 1)
+                      : _mm512_castps512_ps256(bits<__m512>(x)));
+#elif KVFOLD_BITS == 256
+  return bits<Half>(i ? _mm256_extractf128_ps(bits<__m256>(x), 1)
+                      : _mm256_castps256_ps128(bits<__m256>(x)));
+#else
+  return i ? Half{x[2], x[3]} : Half{x[0], x[1]};
+#endif
+}
+
+// 16 bytes number `i`
+INLINE F4 quarter(F x, int i) {
+#if KVFOLD_BITS == 512
+  const __m512 y = bits<__m512>(x);
+  switch (i) {  // the compiler's own way goes through memory
+    case 0: return bits<F4>(_mm512_castps512_ps128(y));
+    case 1: return bits<F4>(_mm512_extractf32x4_ps(y, 1));
+    case 2: return bits<F4>(_mm512_extractf32x4_ps(y, 2));
+    default: return bits<F4>(_mm512_extractf32x4_ps(y, 3));
+  }
+#elif KVFOLD_BITS == 256
+  return bits<F4>(half_of(x, i));
+#else
+  return i ? F4{} : bits<F4>(x);
+#endif
+}
+
 INLINE float sum(F x) {
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += x[i];
-  return s;
+  F4 y = quarter(x, 0);
+  for (int i = 1; i < kBytes / 16; ++i) y += quarter(x, i);
+  return (y[0] + y[1]) + (y[2] + y[3]);
 }
 INLINE float top_of(F x) {
-  float s = x[0];
-  for (int i = 1; i < kLanes; ++i) s = x[i] > s ? x[i] : s;
-  return s;
+  F4 y = quarter(x, 0);
+  for (int i = 1; i < kBytes / 16; ++i) {
+    const F4 z = quarter(x, i);
+    y = z > y ? z : y;
+  }
+  const float a = y[0] > y[1] ? y[0] : y[1], b = y[2] > y[3] ? y[2] : y[3];
+  return a > b ? a : b;
 }
+
+// the lowest bytes of the lanes to `out`, the next ones to `out + stride`, ...
+INLINE void store_limbs(I x, int limbs, int8_t* out, int64_t stride) {
+#if KVFOLD_BITS == 512
+  // all limbs with two shuffles; a narrowing store of each is slow
+  const __m512i bytes = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const F y = bits<F>(_mm512_permutexvar_epi32(words, _mm512_shuffle_epi8(bits<__m512i>(x), bytes)));
+  store(out, quarter(y, 0)), store(out + stride, quarter(y, 1));
+  if (limbs == 3) store(out + 2 * stride, quarter(y, 2));
+#else
+  typedef int8_t B __attribute__((vector_size(kLanes)));
+  for (int l = 0; l < limbs; ++l)
+    store(out + l * stride, __builtin_convertvector(x >> (8 * l), B));
+#endif
+}
+
+INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // even bytes of each 16, then odd ones
 INLINE U split(U x) {
@@ -188,6 +249,12 @@ INLINE F pairs(F a, F b) {
 INLINE void interleave(const int8_t* a, const int8_t* b, int n, int8_t* out) {
   int i = 0;
 #if defined(__SSE2__)
+  for (; i + 16 <= n; i += 16) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i));
+    const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), _mm_unpacklo_epi8(x, y));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i + 16), _mm_unpackhi_epi8(x, y));
+  }
   for (; i + 8 <= n; i += 8) {
     const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + i));
     const __m128i y = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b + i));
@@ -197,28 +264,157 @@ INLINE void interleave(const int8_t* a, const int8_t* b, int n, int8_t* out) {
   for (; i < n; ++i) out[2 * i] = a[i], out[2 * i + 1] = b[i];
 }
 
-// [kLanes][4] floats, their four columns
-INLINE void every_fourth(const float* p, F* column) {
+// out [2 kLanes] words of 4 bytes: a0 b0 a1 b1 ...
+INLINE void interleave_words(const void* a, const void* b, void* out) {
+  const I x = load<I>(a), y = load<I>(b);
 #if KVFOLD_BITS == 512
-  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
-  const __m512 c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
-  for (int j = 0; j < 4; ++j) {
-    const __m512i at = _mm512_add_epi32(first, _mm512_set1_epi32(j));
-    const __m512 low = _mm512_permutex2var_ps(a, at, b), high = _mm512_permutex2var_ps(c, at, d);
-    column[j] = bits<F>(_mm512_shuffle_f32x4(low, high, 0x44));
-  }
+  const __m512i first =
+      _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  store(out, _mm512_permutex2var_epi32(bits<__m512i>(x), first, bits<__m512i>(y)));
+  store(static_cast<char*>(out) + kBytes,
+        _mm512_permutex2var_epi32(bits<__m512i>(x), second, bits<__m512i>(y)));
 #else
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < kLanes; ++i) column[j][i] = p[4 * i + j];
+  int32_t* to = static_cast<int32_t*>(out);
+  for (int i = 0; i < kLanes; ++i) to[2 * i] = x[i], to[2 * i + 1] = y[i];
 #endif
 }
 
-// 16 bytes number `i`
-INLINE F4 quarter(F x, int i) {
-  F4 y;
-  memcpy(&y, reinterpret_cast<const char*>(&x) + 16 * i, 16);
-  return y;
+// Of kLanes / 2 rows of 16 words, four columns each: per row their low bytes, then their high ones.
+// With 512 bits the rows stand as 0 2 1 3 4 6 5 7.
+INLINE void by_token(const uint8_t* p, U* out) {
+  F x[4];
+  for (int i = 0; i < 4; ++i) x[i] = bits<F>(split(load<U>(p + i * kBytes)));
+#if KVFOLD_BITS == 512
+  for (int i = 0; i < 2; ++i) {
+    __m512 y[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512 a = bits<__m512>(x[2 * j]), b = bits<__m512>(x[2 * j + 1]);
+      y[j] = i ? _mm512_shuffle_ps(a, b, 0xdd) : _mm512_shuffle_ps(a, b, 0x88);
+    }
+    out[i] = bits<U>(_mm512_shuffle_f32x4(y[0], y[1], 0x88));
+    out[i + 2] = bits<U>(_mm512_shuffle_f32x4(y[0], y[1], 0xdd));
+  }
+#elif KVFOLD_BITS == 256
+  for (int i = 0; i < 2; ++i) {
+    __m256 y[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m256 a = bits<__m256>(x[2 * j]), b = bits<__m256>(x[2 * j + 1]);
+      y[j] = i ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88);
+    }
+    out[i] = bits<U>(_mm256_permute2f128_ps(y[0], y[1], 0x20));
+    out[i + 2] = bits<U>(_mm256_permute2f128_ps(y[0], y[1], 0x31));
+  }
+#else
+  for (int i = 0; i < 4; ++i) {
+    const F a = x[i >> 1], b = x[2 + (i >> 1)];
+    out[i] = bits<U>(F{a[i & 1], a[2 + (i & 1)], b[i & 1], b[2 + (i & 1)]});
+  }
+#endif
+}
+
+// Within each 16 bytes of four vectors: the words of 4 bytes transposed.
+INLINE void transpose_words(const F* x, F* out) {
+#if KVFOLD_BITS == 512
+#define KVFOLD_UNPACK(half, a, b) \
+  bits<F>(_mm512_unpack##half##_epi32(bits<__m512i>(a), bits<__m512i>(b)))
+#define KVFOLD_UNPACK2(half, a, b) \
+  bits<F>(_mm512_unpack##half##_epi64(bits<__m512i>(a), bits<__m512i>(b)))
+#elif KVFOLD_BITS == 256
+#define KVFOLD_UNPACK(half, a, b) \
+  bits<F>(_mm256_unpack##half##_epi32(bits<__m256i>(a), bits<__m256i>(b)))
+#define KVFOLD_UNPACK2(half, a, b) \
+  bits<F>(_mm256_unpack##half##_epi64(bits<__m256i>(a), bits<__m256i>(b)))
+#endif
+#if KVFOLD_BITS >= 256
+  const F a = KVFOLD_UNPACK(lo, x[0], x[1]), b = KVFOLD_UNPACK(lo, x[2], x[3]);
+  const F c = KVFOLD_UNPACK(hi, x[0], x[1]), d = KVFOLD_UNPACK(hi, x[2], x[3]);
+  out[0] = KVFOLD_UNPACK2(lo, a, b), out[1] = KVFOLD_UNPACK2(hi, a, b);
+  out[2] = KVFOLD_UNPACK2(lo, c, d), out[3] = KVFOLD_UNPACK2(hi, c, d);
+#undef KVFOLD_UNPACK
+#undef KVFOLD_UNPACK2
+#else
+  for (int i = 0; i < 4; ++i) out[i] = F{x[0][i], x[1][i], x[2][i], x[3][i]};
+#endif
+}
+
+// kLanes columns of kColumn bytes, `stride` bytes apart: 4 bytes of every column in each of
+// kColumn / 4 vectors, a column a lane, in the order that `columns_in_order` undoes.
+template <int kColumn>
+INLINE void by_column(const uint8_t* p, int64_t stride, U* out) {
+  constexpr int kVectors = kColumn / 4, kPer = kBytes / kColumn;
+  F x[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i += 4) {
+    F y[4];
+    for (int j = 0; j < 4; ++j) y[j] = load<F>(p + (i + j) * kPer * stride);
+    transpose_words(y, x + i);
+  }
+  if constexpr (kVectors == 4) {
+    for (int i = 0; i < 4; ++i) out[i] = bits<U>(x[i]);
+  }
+#if KVFOLD_BITS == 512
+#define KVFOLD_LANES(a, b, i) bits<F>(_mm512_shuffle_f32x4(bits<__m512>(a), bits<__m512>(b), i))
+  if constexpr (kVectors == 8) {
+    for (int i = 0; i < 4; ++i) {
+      out[i] = bits<U>(KVFOLD_LANES(x[i], x[4 + i], 0x88));
+      out[4 + i] = bits<U>(KVFOLD_LANES(x[i], x[4 + i], 0xdd));
+    }
+  }
+  if constexpr (kVectors == 16) {
+    for (int i = 0; i < 4; ++i) {
+      const F a = KVFOLD_LANES(x[i], x[4 + i], 0x44), b = KVFOLD_LANES(x[8 + i], x[12 + i], 0x44);
+      const F c = KVFOLD_LANES(x[i], x[4 + i], 0xee), d = KVFOLD_LANES(x[8 + i], x[12 + i], 0xee);
+      out[i] = bits<U>(KVFOLD_LANES(a, b, 0x88)), out[4 + i] = bits<U>(KVFOLD_LANES(a, b, 0xdd));
+      out[8 + i] = bits<U>(KVFOLD_LANES(c, d, 0x88));
+      out[12 + i] = bits<U>(KVFOLD_LANES(c, d, 0xdd));
+    }
+  }
+#undef KVFOLD_LANES
+#elif KVFOLD_BITS == 256
+  if constexpr (kVectors == 8) {
+    for (int i = 0; i < 4; ++i) {
+      const __m256 a = bits<__m256>(x[i]), b = bits<__m256>(x[4 + i]);
+      out[i] = bits<U>(_mm256_permute2f128_ps(a, b, 0x20));
+      out[4 + i] = bits<U>(_mm256_permute2f128_ps(a, b, 0x31));
+    }
+  }
+#endif
+}
+
+template <int kColumn>
+INLINE F columns_in_order(F x) {
+  constexpr int kPer = kBytes / kColumn;  // columns that lie side by side in a vector
+  if constexpr (kPer > 1) {
+    I at;
+    for (int c = 0; c < kLanes; ++c)
+      at[c] = 4 * (c / (4 * kPer) * kPer + c % kPer) + c / kPer % 4;
+#if KVFOLD_BITS == 512
+    return bits<F>(_mm512_permutexvar_ps(bits<__m512i>(at), bits<__m512>(x)));
+#elif KVFOLD_BITS == 256
+    return bits<F>(_mm256_permutevar8x32_ps(bits<__m256>(x), bits<__m256i>(at)));
+#endif
+  }
+  return x;
+}
+
+// low [n] += the even lanes, high [n] += the odd ones, of rows as `by_token` leaves them
+INLINE void add_halves(F x, float* low, float* high, int n) {
+#if KVFOLD_BITS == 512
+  const __m512i order = _mm512_setr_epi32(0, 4, 2, 6, 8, 12, 10, 14, 1, 5, 3, 7, 9, 13, 11, 15);
+  x = bits<F>(_mm512_permutexvar_ps(order, bits<__m512>(x)));
+#elif KVFOLD_BITS == 256
+  const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  x = bits<F>(_mm256_permutevar8x32_ps(bits<__m256>(x), order));
+#else
+  x = F{x[0], x[2], x[1], x[3]};
+#endif
+  if (n == kLanes / 2) {
+    store(low, load<Half>(low) + half_of(x, 0));
+    store(high, load<Half>(high) + half_of(x, 1));
+  } else {
+    for (int i = 0; i < n; ++i) low[i] += x[i], high[i] += x[kLanes / 2 + i];
+  }
 }
 
 INLINE float half(uint16_t x) {
