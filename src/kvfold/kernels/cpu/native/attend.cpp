@@ -109,7 +109,8 @@ void make_patterns(const Call& call, const Shape& s, int head, const float* code
   int8_t* limbs = static_cast<int8_t*>(scratch(2, s.M * of_query + kBytes));
   const int64_t n = segments == 1 ? s.C : of_limb;  // one scale for all segments
   for (int m = 0; m < s.M; ++m)
-    scale[m] = to_limbs(code + m * n, static_cast<int>(n), s.limbs, limbs + m * of_query, of_limb);
+    scale[m] = to_limbs(code + m * n, static_cast<int>(n), largest(code + m * n, static_cast<int>(n)),
+                        s.limbs, limbs + m * of_query, of_limb);
   int chunk0 = 0;
   for (int i = 0; i < key.sections; ++i) {
     const Section& part = key.section[head * key.sections + i];
@@ -183,7 +184,7 @@ struct Room {
   uint8_t* copy;     // sections with their rows widened to whole vectors
   int8_t* limbs;     // of weights, and their patterns
   int8_t* value_patterns;
-  float* by;         // [M]
+  float* by;         // [M] largest weights, and then the scales of their limbs
 };
 
 int widest(const Side& side) {
@@ -400,8 +401,8 @@ void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* 
   const Side& key = *call.key;
   const Shape& s = w.shape;
   const int B = s.B, M = s.M;
-  fetch_parameters(key, page + next, head);
-  fetch_parameters(*call.value, page, head);
+  fetch_parameters(key, page + next, head, 0);
+  fetch_parameters(*call.value, page, head, 1024);
   for (int m = 0; m < M; ++m) zero(scores + m * stride, B);
   const float* states = q.states;
   if (key.turns != kNothing) {
@@ -520,7 +521,7 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
   const Shape& s = w.shape;
   const int B = s.B, M = s.M, tokens = pages * B;
   for (int m = 0; m < M; ++m)
-    r.by[m] = to_limbs(weights + m * stride, tokens, s.limbs,
+    r.by[m] = to_limbs(weights + m * stride, tokens, r.by[m], s.limbs,
                        r.limbs + int64_t(m) * s.limbs * tokens, tokens);
   // the widths that the run of columns has
   for (int i = 0; i < value.sections; ++i) {
@@ -595,17 +596,18 @@ void page_values(const Work& w, const Room& r, const uint8_t* const* page, int p
       unpack_head(value, page[p], head, false, r.digits + int64_t(p) * widest(value) * B, r.column);
   for (int g = 0; g < G; ++g) {
     for (int m = 0; m < M; ++m) {
-      F gain{}, offset{};
+      F gain{}, offset{}, most{};
       for (int p = 0; p < pages; ++p)
         for (int i = 0; i < B; i += kLanes) {
           const int64_t at = m * stride + p * B + i;
           const F weight = load_some(r.scores + at, B - i);
           const F x = weight * load_some(r.gains + (p * G + g) * B + i, B - i);
           store_some(r.weights + at, x, B - i);
-          gain += x;
+          gain += x, most = larger(most, larger(x, -x));
           if (value.offset_at >= 0)
             offset += weight * load_some(r.offsets + (p * G + g) * B + i, B - i);
         }
+      r.by[m] = top_of(most);
       t.gain[m * G + g] += sum(gain);
       t.offset[m * G + g] += sum(offset);
     }
@@ -655,18 +657,15 @@ void weigh(const Work& w, float* scores, int64_t stride, int tokens, int row, co
     float* x = scores + m * stride;
     const bool padding =
         call.query_tokens[row * int64_t(call.queries) + m % call.queries] < 0;
-    F most = all(-__builtin_inff());
-    for (int i = 0; i < tokens; i += kLanes) {
-      F y = load_some(x + i, tokens - i);
-      if (call.softcap > 0) {
-        // what may not be seen stays so
-        y = y < all(-3e38f) ? y : hyperbolic_tangent(y * (1.0f / call.softcap)) * call.softcap;
-        store_some(x + i, y, tokens - i);
+    if (call.softcap > 0)
+      for (int i = 0; i < tokens; i += kLanes) {
+        const F y = load_some(x + i, tokens - i);
+        const F capped = hyperbolic_tangent(y * (1.0f / call.softcap)) * call.softcap;
+        store_some(x + i, y < all(-3e38f) ? y : capped, tokens - i);  // unseen tokens stay so
       }
-      if (tokens - i < kLanes)
-        for (int j = tokens - i; j < kLanes; ++j) y[j] = -__builtin_inff();
-      most = larger(most, y);
-    }
+    F most = all(-__builtin_inff());
+    for (int i = 0; i < tokens; i += kLanes)
+      most = larger(most, first(load_some(x + i, tokens - i), tokens - i, -__builtin_inff()));
     const float before = t.top[m];
     float top = top_of(most);
     if (padding || top < before) top = before;
@@ -683,11 +682,9 @@ void weigh(const Work& w, float* scores, int64_t stride, int tokens, int row, co
     }
     F total{};
     for (int i = 0; i < tokens; i += kLanes) {
-      F y = exponential(load_some(x + i, tokens - i) - top);
-      if (tokens - i < kLanes)
-        for (int j = tokens - i; j < kLanes; ++j) y[j] = 0;
+      const F y = exponential(load_some(x + i, tokens - i) - top);
       store_some(x + i, y, tokens - i);
-      total += y;
+      total += first(y, tokens - i, 0.0f);
     }
     t.one[m] += sum(total);
   }
@@ -708,12 +705,13 @@ void packed_part(const Work& w, const Room& r, int row, int head, int split, con
   const Queries q = queries_of(w, int64_t(row) * call.key->heads + head);
   const int end = lower(call.folded[row], (split + 1) * kSplit);
   const int64_t stride = int64_t(kBatch) * s.B;
+  fetch_parameters(*call.key, page_of(call, row, split * kSplit), head, call.page_bytes);
   for (int b = split * kSplit; b < end; b += kBatch) {
     const int pages = lower(kBatch, end - b);
     const uint8_t* page[kBatch];
     for (int p = 0; p < pages; ++p) page[p] = page_of(call, row, b + p);
     for (int p = 0; p < pages; ++p) {
-      const int64_t next = p + 1 < pages ? page[p + 1] - page[p] : 0;
+      const int64_t next = b + p + 1 < end ? page_of(call, row, b + p + 1) - page[p] : 0;
       page_scores(w, q, r, page[p], next, row, head, b + p, r.scores + p * s.B, stride);
     }
     weigh(w, r.scores, stride, pages * s.B, row, t, call.value->columns);

@@ -109,14 +109,62 @@ INLINE void fetch_run(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) fetch(p + i);
 }
 
-// What a head's page has beside columns, into the cache.
-static void fetch_parameters(const Side& side, const uint8_t* page, int head) {
+// What a head's page has beside columns, and the first bytes of those, into the cache.
+static void fetch_parameters(const Side& side, const uint8_t* page, int head, int64_t columns) {
   const int64_t n = int64_t(side.block) * side.groups, steps = 2LL * side.segments * side.columns;
   if (side.gain_size && !side.gain_next)
     fetch_run(page + side.gain_at + head * n * side.gain_size, n * side.gain_size);
   if (side.offset_at >= 0) fetch_run(page + side.offset_at + 2 * head * n, 2 * n);
   fetch_run(page + side.scale_at + head * steps, steps);
   fetch_run(page + side.zero_at + head * steps, steps);
+  for (int i = 0; i < side.sections; ++i) {
+    const Section& s = side.section[head * side.sections + i];
+    const int64_t bytes = int64_t(s.count) * side.block * s.width / 8;
+    fetch_run(page + s.at, bytes < columns ? bytes : columns);
+  }
+}
+
+// float16 [tokens][groups] to floats [groups][tokens]
+static void widen_groups(const uint8_t* from, int tokens, int groups, float* out) {
+  constexpr int kMost = 8;
+  int t = 0;
+  const bool halves = groups <= kMost && !(groups & (groups - 1));
+  for (; halves && t + kLanes <= tokens; t += kLanes) {
+    F x[kMost], y[kMost];
+    float room[kMost * kLanes];
+    widen(from + 2LL * t * groups, kFloat16, groups * kLanes, room);
+    int group[kMost] = {};  // that the vectors hold in the end
+    for (int i = 0; i < groups; ++i) x[i] = load<F>(room + i * kLanes);
+    for (int run = groups; run > 1; run /= 2) {
+      for (int i = 0; i < groups; i += run)
+        for (int j = 0; j < run / 2; ++j) {
+          apart(x[i + 2 * j], x[i + 2 * j + 1], &y[i + j], &y[i + run / 2 + j]);
+          group[i + run / 2 + j] += groups / run;
+        }
+      memcpy(x, y, sizeof(F) * static_cast<size_t>(groups));
+    }
+    for (int i = 0; i < groups; ++i) store(out + group[i] * tokens + t, x[i]);
+  }
+  for (; t < tokens; ++t)
+    for (int g = 0; g < groups; ++g)
+      out[g * tokens + t] = half(load<uint16_t>(from + 2 * (t * groups + g)));
+}
+
+// Gains that are stored as bytes: 2^((byte - 128) / 16), and 0 for 0.
+static void log_gains(const uint8_t* from, int n, const float* gain_table, float* out) {
+  int i = 0;
+#if KVFOLD_BITS == 512
+  const __m512 steps = _mm512_loadu_ps(gain_table + 128);  // from 1 to 2
+  for (; i + 16 <= n; i += 16) {
+    const __m512i code =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    const __m512i step = bits<__m512i>(_mm512_permutexvar_ps(code, steps));
+    const __m512i octave = _mm512_sub_epi32(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(8));
+    const __m512i gain = _mm512_add_epi32(step, _mm512_slli_epi32(octave, 23));
+    store(out + i, _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(code, code), gain));
+  }
+#endif
+  for (; i < n; ++i) out[i] = gain_table[from[i]];
 }
 
 // One token's parameters of a head, gathered by group: out [groups][block].
@@ -126,27 +174,19 @@ static void read_gains(const Side& side, const uint8_t* page, int head, const fl
   if (!side.gain_size) {
     for (int i = 0; i < n; ++i) out[i] = 1.0f;
   } else if (side.gain_size == 1) {
-    const uint8_t* from = page + side.gain_at + int64_t(head) * n;
-    for (int i = 0; i < n; ++i) out[i] = gain_table[from[i]];
-  } else if (side.groups == 1 || side.gain_next) {
+    log_gains(page + side.gain_at + int64_t(head) * n, n, gain_table, out);
+  } else if (side.gain_next) {
     for (int g = 0; g < side.groups; ++g)
       widen(page + side.gain_at + g * side.gain_next + 2 * int64_t(head) * side.block, kFloat16,
             side.block, out + g * side.block);
   } else {
-    const uint8_t* from = page + side.gain_at + 2 * int64_t(head) * n;
-    for (int t = 0; t < side.block; ++t)
-      for (int g = 0; g < side.groups; ++g)
-        out[g * side.block + t] = half(load<uint16_t>(from + 2 * (t * side.groups + g)));
+    widen_groups(page + side.gain_at + 2 * int64_t(head) * n, side.block, side.groups, out);
   }
 }
 
 static void read_offsets(const Side& side, const uint8_t* page, int head, float* out) {
-  const int n = side.block * side.groups;
-  const uint8_t* from = page + side.offset_at + 2 * int64_t(head) * n;
-  if (side.groups == 1) return widen(from, kFloat16, n, out);
-  for (int t = 0; t < side.block; ++t)
-    for (int g = 0; g < side.groups; ++g)
-      out[g * side.block + t] = half(load<uint16_t>(from + 2 * (t * side.groups + g)));
+  const int64_t n = int64_t(side.block) * side.groups;
+  widen_groups(page + side.offset_at + 2 * head * n, side.block, side.groups, out);
 }
 
 }  // namespace

@@ -11,23 +11,33 @@ namespace kvfold {
 namespace KVFOLD_NAMESPACE {
 namespace {
 
-// `x` [n] to limbs [limbs][stride], behind n zeros up to `stride`, a multiple of kLanes; the value of
-// the last limb's 1
-static float to_limbs(const float* x, int n, int limbs, int8_t* out, int64_t stride) {
+INLINE float largest(const float* x, int n) {
   F most{};
   for (int i = 0; i < n; i += kLanes) {
     const F y = load_some(x + i, n - i);
     most = larger(most, larger(y, -y));
   }
-  const float top = top_of(most);
+  return top_of(most);
+}
+
+// Numbers up to the limit of to_limbs as limbs of -128 to 127, one above the other.
+template <int L>
+INLINE I fixed_point(F x) {
+  constexpr int32_t kMiddle = L == 3 ? 0x808080 : 0x8080;
+  // 16 bits are rounded by an addition
+  const I code = L == 3 ? nearest(x) : bits<I>(x + 12582912.0f);
+  return (code + kMiddle) ^ kMiddle;
+}
+
+// `x` [n], none above `top`, to limbs [limbs][stride], behind n zeros up to `stride`, a multiple of
+// kLanes; the value of the last limb's 1
+static float to_limbs(const float* x, int n, float top, int limbs, int8_t* out, int64_t stride) {
   // what limbs of -128 to 127 hold, less what rounding may add
   const float limit = limbs == 3 ? 8355000.0f : 32638.0f;
   const float inverse = top > 0 ? limit / top : 0.0f;
-  const int32_t middle = limbs == 3 ? 0x808080 : 0x8080;
   for (int i = 0; i < stride; i += kLanes) {
     const F y = i < n ? load_some(x + i, n - i) * inverse : F{};
-    const I code = (nearest(y) + middle) ^ middle;
-    store_limbs(code, limbs, out + i, stride);
+    store_limbs(limbs == 3 ? fixed_point<3>(y) : fixed_point<2>(y), limbs, out + i, stride);
   }
   return top / limit;
 }

@@ -63,6 +63,14 @@ INLINE void store_some(float* p, F x, int n) {
   memcpy(p, &x, sizeof(float) * static_cast<unsigned>(n));
 }
 
+// the first n lanes, `other` behind them
+INLINE F first(F x, int n, float other) {
+  if (n >= kLanes) return x;
+  I lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < I{} + n ? x : all(other);
+}
+
 // the nearest whole numbers, those half-way away from zero
 INLINE I nearest(F x) {
   const W32 sign = bits<W32>(x) & 0x80000000u;
@@ -133,7 +141,8 @@ INLINE void store_limbs(I x, int limbs, int8_t* out, int64_t stride) {
 #endif
 }
 
-INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// towards the second-level cache: the first one holds what is being worked on
+INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // even bytes of each 16, then odd ones
 INLINE U split(U x) {
@@ -309,6 +318,22 @@ INLINE void by_token(const uint8_t* p, U* out) {
   for (int i = 0; i < 4; ++i) {
     const F a = x[i >> 1], b = x[2 + (i >> 1)];
     out[i] = bits<U>(F{a[i & 1], a[2 + (i & 1)], b[i & 1], b[2 + (i & 1)]});
+  }
+#endif
+}
+
+// the even lanes of two vectors, and the odd ones
+INLINE void apart(F a, F b, F* even, F* odd) {
+#if KVFOLD_BITS == 512
+  const __m512i at =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i next = _mm512_add_epi32(at, _mm512_set1_epi32(1));
+  *even = bits<F>(_mm512_permutex2var_ps(bits<__m512>(a), at, bits<__m512>(b)));
+  *odd = bits<F>(_mm512_permutex2var_ps(bits<__m512>(a), next, bits<__m512>(b)));
+#else
+  for (int i = 0; i < kLanes / 2; ++i) {
+    (*even)[i] = a[2 * i], (*even)[kLanes / 2 + i] = b[2 * i];
+    (*odd)[i] = a[2 * i + 1], (*odd)[kLanes / 2 + i] = b[2 * i + 1];
   }
 #endif
 }
