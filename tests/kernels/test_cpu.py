@@ -8,7 +8,7 @@ from kvfold.attention import paged
 from kvfold.attention.oracle import oracle
 from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Timeline
-from kvfold.codec import CodecError, Site
+from kvfold.codec import CodecError, ExampleTables, Site
 from kvfold.kernels import cpu
 from kvfold.transforms.rope import Rope
 from tests.cache.test_store import feed
@@ -18,15 +18,27 @@ SETS = cpu.instruction_sets()
 
 
 def filled(
-    name, heads=2, dim=64, rows=2, chunks=(330, 1), padded=True, dtype=torch.float32, block=128
+    name,
+    heads=2,
+    dim=64,
+    rows=2,
+    chunks=(330, 1),
+    padded=True,
+    dtype=torch.float32,
+    block=128,
+    rope=None,
+    mean=None,
 ):
     generator = torch.Generator().manual_seed(77)
     preset, made = kvfold.get(name), []
-    rope = Rope(tuple(1e4 ** (-2 * i / dim) for i in range(dim // 2)))
+    rope = rope or Rope(tuple(1e4 ** (-2 * i / dim) for i in range(dim // 2)))
     for side, codec in (("key", preset.keys), ("value", preset.values)):
         site = Site(side, heads, dim, block, dtype=dtype, rope=rope)
         try:
-            made.append(codec.bind(site, codec.example(site)))
+            tables = codec.example(site)
+            if mean is not None:
+                tables = ExampleTables({**tables.tables, "mean": mean})
+            made.append(codec.bind(site, tables))
         except CodecError as error:
             pytest.skip(str(error))
     length, valid = sum(chunks), None
@@ -89,6 +101,24 @@ def test_other_pages(block) -> None:
     for name in ("int8", "kivi4-g32", "fisher2-post"):
         if block >= 32 or name != "kivi4-g32":
             check(filled(name, block=block, chunks=(700, 1)), 4)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(
+    "inv_freq",
+    [
+        tuple(5e5 ** (-i / 16) for i in range(16)),  # half of the channels do not turn
+        tuple(1e-4 / (i + 1) for i in range(32)),  # all within a few powers
+        tuple(1.0 / (i + 1) for i in range(32)),  # none
+        (1.0, 0.3, 0.004),  # too few slow ones to gain
+        (0.001, 1.0, 0.002, 0.001, 0.0005, 0.0001),  # a fast one among slow ones
+    ],
+)
+def test_means_that_turn(inv_freq, isa) -> None:
+    mean = 3 * torch.randn(2, 64, generator=torch.Generator().manual_seed(79))
+    for pairs in ("half", "interleaved"):
+        for name in ("fisher2", "fisher2-post"):
+            check(filled(name, rope=Rope(inv_freq, pairs=pairs), mean=mean), 4, isa)
 
 
 def test_softcap_and_sink_logits() -> None:

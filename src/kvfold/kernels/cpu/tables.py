@@ -27,10 +27,13 @@ _TURNS = {"nothing": 0, "mean": 1, "all": 2, "token": 3}
 #: columns of a head of keys, at most.
 MAX_COLUMNS = 1000
 _LIMBS = 3
+#: angle in half a page up to which a wave is a sum of a few powers, to 1e-7.
+_SLOW, _POWERS = 0.5, 4
 #: what the extension takes of a side, as numbers and addresses; 0 where there is none.
 NUMBERS = """
     kind columns gain_at gain_size gain_next centred sections section
     matrix gain offset mean order turns pairs
+    waves fast wave slow middle
     scale_at zero_at segments limbs limb_scale turn frequency
     term table_at table plain brief cos_at sin_at states_at states_type
 """
@@ -177,7 +180,10 @@ def _key_side(bound: BoundCodec) -> _Side:
     else:
         side.numbers["columns"] = matrix.shape[-1]
         side.point("matrix", matrix)
-        side.point("mean", None if mean is None else mean.mT)  # [heads, dim, block]
+        if mean is not None and side.rope is not None:
+            _waves(side, mean, side.rope)
+        else:
+            side.point("mean", None if mean is None else mean.mT)  # [heads, dim, block]
     if stored.page_scale is not None:
         assert stored.page_zero is not None
         shape = {f.name: f.shape for f in bound.layout.fields}[stored.page_scale]
@@ -363,6 +369,41 @@ def _sections(
             first += n
     side.numbers["sections"] = len(SECTIONS)
     side.point("section", torch.tensor(rows), torch.int32)
+
+
+def _waves(side: _Side, mean: Tensor, rope: Rope) -> None:
+    """A mean [heads, block, dim] that RoPE turns, as waves around the middle of a page.
+
+        q . R_x m = (q1 m1 + q2 m2) cos(theta x) + (q2 m1 - q1 m2) sin(theta x)
+
+    for each pair of channels, m the mean in the middle and x the distance from there. Cosines are
+    even and sines odd, so half a page tells the rest; pairs that turn little within a page share
+    a few powers of x. Together a quarter of the product with the whole table.
+    """
+    block, pairs = mean.shape[1], len(rope.inv_freq)
+    theta = torch.tensor(rope.inv_freq, dtype=torch.float64)
+    angle, first = theta * (block - 1) / 2, mean[:, 0].double()
+    a, b, rest = first.split([pairs, pairs, mean.shape[2] - 2 * pairs], -1)
+    cos, sin = angle.cos(), angle.sin()
+    middle = torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+    x = torch.arange(block // 2, dtype=torch.float64) + 0.5
+    reach = theta * block / 2
+    turned = (reach > _SLOW).nonzero()
+    fast = int(turned[-1]) + 1 if len(turned) else 0
+    if pairs - fast < _POWERS:
+        fast = pairs
+    waves, slow = [], []
+    for odd, wave in enumerate((torch.cos, torch.sin)):
+        waves.append(wave(theta[:fast, None] * x))
+        if fast < pairs:
+            power = 2 * torch.arange(_POWERS, dtype=torch.float64)[:, None] + odd
+            waves.append((2 * x / block) ** power)
+            sign = (-1.0) ** torch.arange(_POWERS, dtype=torch.float64)[:, None]
+            slow.append(sign * reach[fast:] ** power / (power + 1).lgamma().exp())
+    side.numbers |= {"waves": len(torch.cat(waves)) // 2, "fast": fast}
+    side.point("wave", torch.cat(waves))
+    side.point("slow", torch.cat(slow) if slow else None)
+    side.point("middle", middle)
 
 
 def _order(rope: Rope, dim: int) -> Tensor | None:

@@ -220,7 +220,7 @@ Room room_of(const Work& w, bool measure, int64_t* bytes) {
   r.gains = l.take<float>(kBatch * G * s.B * (key.share > 1 ? key.share : 1));
   r.offsets = l.take<float>(kBatch * G * s.B * (key.share > 1 ? key.share : 1));
   // columns of 16 coordinates, a row of states a token, or keys of a token's own position
-  r.tile = l.take<float>(up(s.B, 16) * (dims > 16 ? dims : 16) + kBatch * s.B);
+  r.tile = l.take<float>(up(s.B, 16) * (dims > 16 ? dims : 16) + kBatch * s.B + M * s.D);
   r.digits = l.take<uint8_t>(int64_t(most) * s.B * kBatch * (key.share > 1 ? key.share : 1) + 256);
   r.column = l.take<uint16_t>(s.B);
   r.copy = l.take<uint8_t>(64 * (int64_t(s.B) + 16) * ((most + 15) / 16 + 3) * kBatch + 256);
@@ -394,6 +394,54 @@ void token_scores(const Work& w, const Room& r, const uint8_t* page, int row, in
   }
 }
 
+// scores [M][stride] += products with a mean that turns: waves around the middle of the page.
+void wave_scores(const Side& key, const Shape& s, const Room& r, int head, const float* states,
+                 float* scores, int64_t stride) {
+  const int n = key.pairs, half = s.B / 2, slow = n - key.fast, powers = key.waves - key.fast;
+  const float* mean = key.middle + int64_t(head) * s.D;
+  float* even = r.tile;  // heights of the waves [M][pairs]
+  float* odd = r.tile + int64_t(s.M) * n;
+  for (int m = 0; m < s.M; ++m) {
+    const float* q = states + m * s.D;
+    float* a = even + m * n;
+    float* b = odd + m * n;
+    for (int i = 0; i < n; i += kLanes) {
+      const F q1 = load_some(q + i, n - i), q2 = load_some(q + n + i, n - i);
+      const F m1 = load_some(mean + i, n - i), m2 = load_some(mean + n + i, n - i);
+      store_some(a + i, q1 * m1 + q2 * m2, n - i);
+      store_some(b + i, q2 * m1 - q1 * m2, n - i);
+    }
+    float power[2][8];
+    for (int k = 0; k < powers; ++k) {
+      power[0][k] = dot_float(a + key.fast, key.slow + k * slow, slow);
+      power[1][k] = dot_float(b + key.fast, key.slow + (powers + k) * slow, slow);
+    }
+    for (int k = 0; k < powers; ++k) a[key.fast + k] = power[0][k], b[key.fast + k] = power[1][k];
+  }
+  float* sums = r.part;  // [M][even and odd][half]
+  zero(sums, int64_t(s.M) * s.B);
+  add_product(s.M, key.waves, half, even, n, key.wave, half, sums, s.B);
+  add_product(s.M, key.waves, half, odd, n, key.wave + int64_t(key.waves) * half, half, sums + half,
+              s.B);
+  for (int m = 0; m < s.M; ++m) {
+    const float rest = dot_float(states + m * s.D + 2 * n, mean + 2 * n, s.D - 2 * n);
+    const float* a = sums + int64_t(m) * s.B;
+    float* to = scores + m * stride;
+    int i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+      const F x = load<F>(a + i) + rest, y = load<F>(a + half + i);
+      float* after = to + half + i;
+      float* before = to + half - i - kLanes;
+      store(after, load<F>(after) + x + y);
+      store(before, load<F>(before) + reversed(x - y));
+    }
+    for (; i < half; ++i) {
+      to[half + i] += a[i] + rest + a[half + i];
+      to[half - 1 - i] += a[i] + rest - a[half + i];
+    }
+  }
+}
+
 // Scores [M][stride] of one page.
 void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* page,
                  int64_t next, int row, int head, int block, float* scores, int64_t stride) {
@@ -507,8 +555,11 @@ void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* 
         for (int t = 0; t < B; ++t) scores[m * stride + t] += by * r.offsets[g * B + t];
       }
   }
-  if (key.mean)
+  if (key.waves) {
+    wave_scores(key, s, r, head, states, scores, stride);
+  } else if (key.mean) {
     add_product(M, s.D, B, states, s.D, key.mean + int64_t(head) * s.D * B, B, scores, stride);
+  }
 }
 
 // --- values of some pages ------------------------------------------------------------------------

@@ -76,6 +76,7 @@ Side side_of(const nb::dict& d) {
   POINTER(offset, float), POINTER(mean, float), POINTER(order, int32_t);
   NUMBER(turns), NUMBER(pairs), NUMBER(scale_at), NUMBER(zero_at), NUMBER(segments);
   NUMBER(share), POINTER(limbs, int8_t), POINTER(limb_scale, float), POINTER(turn, float);
+  NUMBER(waves), NUMBER(fast), POINTER(wave, float), POINTER(slow, float), POINTER(middle, float);
   POINTER(frequency, float), POINTER(term, int32_t), POINTER(table_at, int32_t);
   POINTER(table, float), NUMBER(plain), NUMBER(brief), NUMBER(cos_at), NUMBER(sin_at), NUMBER(states_at), NUMBER(states_type);
 #undef NUMBER

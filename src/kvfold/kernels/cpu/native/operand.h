@@ -44,7 +44,11 @@ struct Side {
   const float* offset;             // [heads][groups][dim] or null
   const float* mean;               // keys [heads][dim][block] ([heads][dim] per token),
                                    // values [heads][dim]; or null
-  // keys
+  // keys: a mean that RoPE turns is a sum of waves over the places in a page, around its middle
+  int32_t waves, fast;             // rows of `wave`; pairs with a row of their own. waves 0: `mean`
+  const float* wave;               // [2][waves][block / 2] even ones, odd ones; then powers
+  const float* slow;               // [2][waves - fast][pairs - fast] of the slow pairs' waves
+  const float* middle;             // [heads][dim] the mean in the middle of a page
   int32_t turns, pairs;            // channels i and pairs + i turn together
   const int32_t* order;            // [dim] channel that stands at each place, or null
   int32_t scale_at, zero_at, segments;  // steps of a page's segments of tokens; segments 0: none

@@ -54,13 +54,21 @@ INLINE F smaller(F a, F b) { return a < b ? a : b; }
 // the first n lanes, zeros behind them
 INLINE F load_some(const float* p, int n) {
   if (n >= kLanes) return load<F>(p);
+#if KVFOLD_BITS == 512
+  return bits<F>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), p));
+#else
   F x{};
   memcpy(&x, p, sizeof(float) * static_cast<unsigned>(n));
   return x;
+#endif
 }
 INLINE void store_some(float* p, F x, int n) {
   if (n >= kLanes) return store(p, x);
+#if KVFOLD_BITS == 512
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), bits<__m512>(x));
+#else
   memcpy(p, &x, sizeof(float) * static_cast<unsigned>(n));
+#endif
 }
 
 // the first n lanes, `other` behind them
@@ -335,6 +343,18 @@ INLINE void apart(F a, F b, F* even, F* odd) {
     (*even)[i] = a[2 * i], (*even)[kLanes / 2 + i] = b[2 * i];
     (*odd)[i] = a[2 * i + 1], (*odd)[kLanes / 2 + i] = b[2 * i + 1];
   }
+#endif
+}
+
+INLINE F reversed(F x) {
+#if KVFOLD_BITS == 512
+  const __m512i at = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return bits<F>(_mm512_permutexvar_ps(at, bits<__m512>(x)));
+#elif KVFOLD_BITS == 256
+  const __m256i at = _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return bits<F>(_mm256_permutevar8x32_ps(bits<__m256>(x), at));
+#else
+  return F{x[3], x[2], x[1], x[0]};
 #endif
 }
 
