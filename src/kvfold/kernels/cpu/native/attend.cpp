@@ -584,7 +584,7 @@ void digit_values(const Work& w, const Room& r, const uint8_t* const* page, int 
     const int planes = 8 / part.width;
     const int64_t of_query = int64_t(planes) * s.limbs * bytes;  // of a page
     if (bytes != stored) memset(r.value_patterns, 0, static_cast<size_t>(of_query * M * pages));
-    const int piece = lower(bytes, kBytes);  // of a column
+    const int piece = lower(bytes, kPiece);  // of a column
     for (int m = 0; m < M; ++m) {
       const int first_row = m / kRows * kRows, rows = lower(kRows, M - first_row) * s.limbs;
       for (int p = 0; p < pages; ++p)

@@ -196,7 +196,8 @@ static void value_columns(const uint8_t* const* page, int pages, int count, int 
         const uint8_t* from = page[p] + int64_t(c) * bytes + part * kColumn;
         U raw[kColumn / 4];
         by_column<kColumn>(from, bytes, raw);
-        for (int i = 0; i < kLanes * kColumn; i += 64) fetch(from + kLanes * bytes + i);
+        if (part == 0)
+          for (int i = 0; i < kLanes * bytes; i += 64) fetch(from + kLanes * bytes + i);
 #pragma GCC unroll 16
         for (int j = 0; j < kColumn / 4; ++j)
 #pragma GCC unroll 8
@@ -246,11 +247,11 @@ static void value_section(const uint8_t* const* page, int pages, int count, int 
                           float* out, int64_t stride) {
 #define VALUES(N) \
   value_queries<W, L, N>(page, pages, count, bytes, pattern, queries, scale, centre, out, stride)
-  if constexpr (kBytes > 16)
+  if constexpr (kPiece > 16) {
     if (bytes == 16) return VALUES(16);
-  if constexpr (kBytes > 32)
     if (bytes == 32) return VALUES(32);
-  VALUES(kBytes);
+  }
+  VALUES(kPiece);
 #undef VALUES
 }
 

@@ -322,6 +322,12 @@ INLINE void by_token(const uint8_t* p, U* out) {
     out[i] = bits<U>(_mm256_permute2f128_ps(y[0], y[1], 0x20));
     out[i + 2] = bits<U>(_mm256_permute2f128_ps(y[0], y[1], 0x31));
   }
+#elif defined(__SSE2__)
+  for (int i = 0; i < 2; ++i) {
+    const __m128 a = bits<__m128>(x[i]), b = bits<__m128>(x[2 + i]);
+    out[2 * i] = bits<U>(_mm_shuffle_ps(a, b, 0x88));
+    out[2 * i + 1] = bits<U>(_mm_shuffle_ps(a, b, 0xdd));
+  }
 #else
   for (int i = 0; i < 4; ++i) {
     const F a = x[i >> 1], b = x[2 + (i >> 1)];
@@ -378,21 +384,36 @@ INLINE void transpose_words(const F* x, F* out) {
   out[2] = KVFOLD_UNPACK2(lo, c, d), out[3] = KVFOLD_UNPACK2(hi, c, d);
 #undef KVFOLD_UNPACK
 #undef KVFOLD_UNPACK2
+#elif defined(__SSE2__)
+  __m128 y[4];
+  for (int i = 0; i < 4; ++i) y[i] = bits<__m128>(x[i]);
+  _MM_TRANSPOSE4_PS(y[0], y[1], y[2], y[3]);
+  for (int i = 0; i < 4; ++i) out[i] = bits<F>(y[i]);
 #else
   for (int i = 0; i < 4; ++i) out[i] = F{x[0][i], x[1][i], x[2][i], x[3][i]};
 #endif
 }
 
+constexpr int kPiece = KVFOLD_BITS == 512 ? 64 : 16;  // bytes of a column taken at a time, at most
+
 // kLanes columns of kColumn bytes, `stride` bytes apart: 4 bytes of every column in each of
 // kColumn / 4 vectors, a column a lane, in the order that `columns_in_order` undoes.
 template <int kColumn>
 INLINE void by_column(const uint8_t* p, int64_t stride, U* out) {
-  constexpr int kVectors = kColumn / 4, kPer = kBytes / kColumn;
+  constexpr int kVectors = kColumn / 4;
+  [[maybe_unused]] constexpr int kPer = kBytes / kColumn;
   F x[kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kVectors; i += 4) {
     F y[4];
-    for (int j = 0; j < 4; ++j) y[j] = load<F>(p + (i + j) * kPer * stride);
+    for (int j = 0; j < 4; ++j) {
+#if KVFOLD_BITS == 256
+      y[j] = bits<F>(_mm256_inserti128_si256(
+          _mm256_castsi128_si256(load<__m128i>(p + j * stride)), load<__m128i>(p + (4 + j) * stride), 1));
+#else
+      y[j] = load<F>(p + (i + j) * kPer * stride);
+#endif
+    }
     transpose_words(y, x + i);
   }
   if constexpr (kVectors == 4) {
@@ -416,30 +437,20 @@ INLINE void by_column(const uint8_t* p, int64_t stride, U* out) {
     }
   }
 #undef KVFOLD_LANES
-#elif KVFOLD_BITS == 256
-  if constexpr (kVectors == 8) {
-    for (int i = 0; i < 4; ++i) {
-      const __m256 a = bits<__m256>(x[i]), b = bits<__m256>(x[4 + i]);
-      out[i] = bits<U>(_mm256_permute2f128_ps(a, b, 0x20));
-      out[4 + i] = bits<U>(_mm256_permute2f128_ps(a, b, 0x31));
-    }
-  }
 #endif
 }
 
 template <int kColumn>
 INLINE F columns_in_order(F x) {
+#if KVFOLD_BITS == 512
   constexpr int kPer = kBytes / kColumn;  // columns that lie side by side in a vector
   if constexpr (kPer > 1) {
     I at;
     for (int c = 0; c < kLanes; ++c)
       at[c] = 4 * (c / (4 * kPer) * kPer + c % kPer) + c / kPer % 4;
-#if KVFOLD_BITS == 512
     return bits<F>(_mm512_permutexvar_ps(bits<__m512i>(at), bits<__m512>(x)));
-#elif KVFOLD_BITS == 256
-    return bits<F>(_mm256_permutevar8x32_ps(bits<__m256>(x), bits<__m256i>(at)));
-#endif
   }
+#endif
   return x;
 }
 
