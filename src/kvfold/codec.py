@@ -465,6 +465,7 @@ def get(name: str | Preset) -> Preset:
     return _PRESETS[name]
 
 
+@functools.cache
 def _load_catalogue() -> None:
     from kvfold import codecs
 

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +132,8 @@ def describe(model: nn.Module) -> list[LayerInfo]:
         raise _unsupported(model, "caches latents (multi-head latent attention), not keys")
     if getattr(config, "add_cross_attention", False):
         raise _unsupported(model, "has cross-attention beside the attention of each layer")
-    attention, mixers = _attention_modules(base), _mixers(base)
+    modules = list(base.modules())
+    attention, mixers = _attention_modules(modules), _mixers(modules)
     kinds = _layer_kinds(config)
     if not attention and "use_cache" not in inspect.signature(base.forward).parameters:
         raise _unsupported(model, "is an encoder: it has no key/value cache", EncoderError)
@@ -228,11 +229,11 @@ def _unsupported(
     return error(f"model type {kind!r} {why}; supported are {SUPPORTED}")
 
 
-def _attention_modules(base: nn.Module) -> dict[int, nn.Module]:
+def _attention_modules(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
     """Attention modules by layer index."""
     found: dict[int, nn.Module] = {}
-    for module in base.modules():
-        index = getattr(module, "layer_idx", None)
+    for module in modules:
+        index = vars(module).get("layer_idx")
         name = type(module).__name__
         if not isinstance(index, int) or not name.endswith("Attention") or index in found:
             continue
@@ -242,11 +243,11 @@ def _attention_modules(base: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def _mixers(base: nn.Module) -> dict[int, nn.Module]:
+def _mixers(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
     """Of layers that are no attention, the first module that knows its layer."""
     found: dict[int, nn.Module] = {}
-    for module in base.modules():
-        index = getattr(module, "layer_idx", None)
+    for module in modules:
+        index = vars(module).get("layer_idx")
         if isinstance(index, int) and not type(module).__name__.endswith("Layer"):
             found.setdefault(index, module)
     return found

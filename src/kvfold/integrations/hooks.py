@@ -189,7 +189,7 @@ def attention_configs(base: nn.Module) -> list[Any]:
     """The configs whose attention implementation the decoder and its layers read."""
     found: dict[int, Any] = {}
     for module in base.modules():
-        config = getattr(module, "config", None)
+        config = vars(module).get("config")
         if config is not None and hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
     return list(found.values())
