@@ -227,7 +227,7 @@ def model_cuda() -> str:
             f"{where}{float(r['median_ms']):.1f} | {float(r['tokens_per_s']):.0f} | "
             f"{float(r['cache_bytes']) / 1e9:.2f} GB | {float(r['peak_bytes']) / 1e9:.1f} GB |"
         )
-    filled = [r for r in rows if r["what"] == "prefill" and not r["error"]]
+    filled = csv_rows("prefill_cuda.csv")
     shown = ", ".join(
         f"`{r['preset']}` {float(r['median_ms']):.0f} ms ({float(r['fold_share']):.1%} folding)"
         for r in filled
@@ -237,7 +237,7 @@ def model_cuda() -> str:
         out += [
             "",
             f"A prefill of {int(filled[0]['tokens']):,} tokens takes {base:.0f} ms with the stock "
-            f"cache, and with {shown}.",
+            f"cache, and with {shown}; commit `{filled[0]['commit']}`.",
         ]
     return "\n".join(out)
 
