@@ -63,6 +63,71 @@ static void add_product(int rows, int depth, int columns, const float* a, int64_
   }
 }
 
+// What two vectors of `kShortNorm` at most, as whole numbers, give is within int32.
+constexpr float kShortNorm = 46000.0f;
+
+// `x` [n], n even, as 16-bit numbers of a norm up to kShortNorm; the value of 1
+static float to_shorts(const float* x, int n, int16_t* out) {
+  F squares{}, most{};
+  for (int i = 0; i < n; i += kLanes) {
+    const F y = load_some(x + i, n - i);
+    squares += y * y, most = larger(most, larger(y, -y));
+  }
+  const float norm = __builtin_sqrtf(sum(squares)) / kShortNorm, top = top_of(most) / 32767.0f;
+  const float unit = norm > top ? norm : top, inverse = unit > 0 ? 1.0f / unit : 0.0f;
+  for (int i = 0; i < n; i += kLanes) {
+    typedef int16_t S __attribute__((vector_size(kBytes / 2)));
+    const S y = __builtin_convertvector(nearest(load_some(x + i, n - i) * inverse), S);
+    memcpy(out + i, &y, sizeof(int16_t) * static_cast<size_t>(n - i < kLanes ? n - i : kLanes));
+  }
+  return unit;
+}
+
+template <int M, int N>
+INLINE void short_block(int pairs, const int32_t* a, int64_t lda, const int16_t* w, int64_t ldw,
+                        const float* unit, const float* by, float* out, int64_t ldo, int columns) {
+  I acc[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) acc[m][n] = I{};
+  for (int k = 0; k < pairs; ++k) {
+    I row[N];
+    for (int n = 0; n < N; ++n) row[n] = load<I>(w + 2 * (k * ldw + n * kLanes));
+    for (int m = 0; m < M; ++m) {
+      const I x = I{} + a[m * lda + k];
+      for (int n = 0; n < N; ++n) acc[m][n] = dot_pairs(acc[m][n], x, row[n]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n)
+      store_some(out + m * ldo + n * kLanes,
+                 to_float(acc[m][n]) * load<F>(by + n * kLanes) * unit[m], columns - n * kLanes);
+}
+
+template <int M>
+static void short_rows(int pairs, int columns, const int32_t* a, int64_t lda, const int16_t* w,
+                       int64_t ldw, const float* unit, const float* by, float* out, int64_t ldo) {
+  int n = 0;
+  for (; n + kWide * kLanes <= ldw && n < columns; n += kWide * kLanes)
+    short_block<M, kWide>(pairs, a, lda, w + 2 * n, ldw, unit, by + n, out + n, ldo, columns - n);
+  for (; n < columns; n += kLanes)
+    short_block<M, 1>(pairs, a, lda, w + 2 * n, ldw, unit, by + n, out + n, ldo, columns - n);
+}
+
+// out [rows][columns] = a [rows][2 pairs] . w [pairs][ldw][2], each row times `unit`, each column
+// times `by`; ldw is a multiple of 16
+static void short_product(int rows, int pairs, int columns, const int16_t* a, const int16_t* w,
+                          int64_t ldw, const float* unit, const float* by, float* out, int64_t ldo) {
+  const int32_t* x = reinterpret_cast<const int32_t*>(a);
+  for (int m = 0; m < rows; m += 4, x += 4 * pairs, out += 4 * ldo) {
+    switch (rows - m) {
+      case 1: short_rows<1>(pairs, columns, x, pairs, w, ldw, unit + m, by, out, ldo); break;
+      case 2: short_rows<2>(pairs, columns, x, pairs, w, ldw, unit + m, by, out, ldo); break;
+      case 3: short_rows<3>(pairs, columns, x, pairs, w, ldw, unit + m, by, out, ldo); break;
+      default: short_rows<4>(pairs, columns, x, pairs, w, ldw, unit + m, by, out, ldo); break;
+    }
+  }
+}
+
 // the sums of four vectors
 INLINE F4 sums(F a, F b, F c, F d) {
   const F x = pairs(pairs(a, b), pairs(c, d));

@@ -220,6 +220,19 @@ INLINE I dot(I acc, U digits, U limbs) {
 #endif
 }
 
+// acc + sums of products of two neighbours, 16 bits each
+INLINE I dot_pairs(I acc, I a, I b) {
+#if KVFOLD_BITS == 512
+  return bits<I>(_mm512_dpwssd_epi32(bits<__m512i>(acc), bits<__m512i>(a), bits<__m512i>(b)));
+#elif KVFOLD_BITS == 256
+  return acc + bits<I>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#elif defined(__SSE2__)
+  return acc + bits<I>(_mm_madd_epi16(bits<__m128i>(a), bits<__m128i>(b)));
+#else
+  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
 // `size` bytes (4, 8, 16, 32 or 64), repeated
 template <int kSize>
 INLINE U repeated(const void* p) {
