@@ -270,10 +270,28 @@ def cpu() -> str:
         for n in names
     )
     one = kernel["kivi4-g64", "bfloat16"]
-    return "\n".join(out) + (
-        f"\n\nThe kernel alone, {int(one['tokens']):,} tokens, {one['heads']} heads of "
-        f"{one['head_dim']}: torch's SDPA in its best arrangement takes {base:.1f} ms in bfloat16; "
-        f"{shown}."
+    return (
+        "\n".join(out)
+        + (
+            f"\n\nThe kernel alone, {int(one['tokens']):,} tokens, {one['heads']} heads of "
+            f"{one['head_dim']}: torch's SDPA in its best arrangement takes {base:.1f} ms in bfloat16; "
+            f"{shown}."
+        )
+        + _cpu_fold()
+    )
+
+
+def _cpu_fold() -> str:
+    """What folding a prompt's blocks takes in torch, and as the cache does it."""
+    folded = [r for r in csv_rows("cpu_fold.csv") if r["blocks"] != "1"]
+    took = {(r["preset"], r["path"]): float(r["median_ms"]) for r in folded if r["median_ms"]}
+    shown = ", ".join(
+        f"`{name}` {took[name, 'cache']:.1f} ms ({took[name, 'torch']:.0f} in torch)"
+        for name in ("fisher2", "fisher4", "spectral2")
+    )
+    return (
+        f"\n\nFolding {folded[0]['blocks']} blocks of a layer of {folded[0]['heads']} heads of "
+        f"{folded[0]['head_dim']} (`benchmarks/bench_cpu_fold.py`): {shown}."
     )
 
 
