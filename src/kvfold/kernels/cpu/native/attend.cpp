@@ -260,16 +260,13 @@ void digit_scores(const Work& w, const Room& r, const uint8_t* page, int64_t nex
     const Section& part = key.section[head * key.sections + i];
     if (!part.count) continue;
     const int words = key.block * part.width / 16, chunks = (part.count + 15) / 16;
-    // whole vectors of words are read
-    const int64_t bytes = 32LL * up(words, kWords);
-    const bool near_end =
-        part.at + 2LL * part.count * words + bytes - 32 * words > call.page_bytes;
+    const int64_t bytes = 32LL * up(words, kWords);  // whole vectors of words are read
     uint8_t* copy = r.copy;
     for (int k = 0; k < chunks; ++k) {
       const uint8_t* from = page + part.at + 32LL * k * words;
       const int across = lower(16, part.count - 16 * k);
       chunk[k] = from;
-      if (across < 16 || (near_end && k == chunks - 1)) {
+      if (across < 16 || part.at + 32LL * k * words + bytes > call.page_bytes) {
         memset(copy, 0, static_cast<size_t>(bytes));
         for (int u = 0; u < words; ++u)
           memcpy(copy + 32 * u, from + 2LL * u * across, 2 * static_cast<size_t>(across));
