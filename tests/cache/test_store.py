@@ -61,6 +61,20 @@ def test_bytes_do_not_depend_on_how_tokens_arrive(name):
             assert torch.equal(a, b), f"{(a != b).float().mean()} of the bytes differ"
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["turboquant4", "kivi4-g32"])
+def test_a_first_pass_folds_what_single_tokens_do(name, rows):
+    """Without padding its blocks lie in a row in the pass, which is a way of its own."""
+    keys, values = torch.randn(2, rows, 2, 530, 64, generator=torch.Generator().manual_seed(9))
+    found = []
+    for chunks in ([530], [70] + [1] * 460):
+        store = make_store(name, Timeline(4, 64, 128))
+        feed(store, keys, values, chunks)
+        assert store.timeline.folded == [3] * rows
+        found.append(torch.cat(stored_pages(store)))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_rows_do_not_see_each_other(name):
     torch.manual_seed(8)
