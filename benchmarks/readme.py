@@ -270,15 +270,12 @@ def cpu() -> str:
         for n in names
     )
     one = kernel["kivi4-g64", "bfloat16"]
-    return (
-        "\n".join(out)
-        + (
-            f"\n\nThe kernel alone, {int(one['tokens']):,} tokens, {one['heads']} heads of "
-            f"{one['head_dim']}: torch's SDPA in its best arrangement takes {base:.1f} ms in bfloat16; "
-            f"{shown}."
-        )
-        + _cpu_fold()
+    alone = (
+        f"The kernel alone, {int(one['tokens']):,} tokens, {one['heads']} heads of "
+        f"{one['head_dim']}: torch's SDPA in its best arrangement takes {base:.1f} ms in bfloat16; "
+        f"{shown}."
     )
+    return "\n".join((*out, "", alone, "", _cpu_fold()))
 
 
 def _cpu_fold() -> str:
@@ -290,7 +287,7 @@ def _cpu_fold() -> str:
         for name in ("fisher2", "fisher4", "spectral2")
     )
     return (
-        f"\n\nFolding {folded[0]['blocks']} blocks of a layer of {folded[0]['heads']} heads of "
+        f"Folding {folded[0]['blocks']} blocks of a layer of {folded[0]['heads']} heads of "
         f"{folded[0]['head_dim']} (`benchmarks/bench_cpu_fold.py`): {shown}."
     )
 

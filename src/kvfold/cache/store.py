@@ -50,7 +50,8 @@ class Sources:
         fresh: slot of the pass, None where no token is there.
         old: `[blocks, block, 1, 1]` which of the two holds a token.
         positions: RoPE positions.
-        run: rows, slots and blocks a row where all of them lie in a row in the pass; else None.
+        run: rows, slots and blocks a row where blocks lie in a row in the pass, those of all rows
+            one after the other; else None.
     """
 
     row: Tensor
@@ -71,7 +72,8 @@ class Sources:
         """The blocks `[blocks, heads, block, dim]` out of `[rows, heads, slots, dim]` states."""
         if self.run is not None and fresh is not None:  # a view of one row, else one plain copy
             rows, slots, blocks = self.run
-            return fresh[rows, :, slots].unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
+            tiles = fresh[rows, :, slots].unflatten(2, (blocks, -1))
+            return tiles.permute(2, 0, 1, 3, 4).flatten(0, 1)
         row = self.row[:, None]
         if self.fresh is None:
             return ring[row, :, self.ring].transpose(1, 2)
@@ -87,9 +89,9 @@ def _run(row: Tensor, slots: Tensor) -> tuple[slice, slice, int] | None:
     first, count = int(row[0]), len(row.unique())
     blocks, block = len(row) // count, slots.shape[1]
     begin = int(slots[0, 0])
-    rows = torch.arange(first, first + count).repeat_interleave(blocks)
-    wanted = torch.arange(begin, begin + blocks * block).view(blocks, block).repeat(count, 1)
-    if not torch.equal(row, rows) or not torch.equal(slots, wanted):
+    rows = torch.arange(first, first + count).repeat(blocks)
+    wanted = torch.arange(begin, begin + blocks * block).view(blocks, block)
+    if not torch.equal(row, rows) or not torch.equal(slots, wanted.repeat_interleave(count, 0)):
         return None
     return slice(first, first + count), slice(begin, begin + blocks * block), blocks
 
@@ -393,6 +395,7 @@ class LayerStore:
         if not step.pages:
             return
         group = self.group_blocks(1)
+        group = group // step.rows * step.rows or group  # the same blocks of all rows
         device = self.ring_keys.device
         # of a long first pass, what a sliding window has left behind is not coded at all
         first = [self.first_seen(n, self.timeline.block) for n in step.length]
