@@ -70,7 +70,8 @@ class Sources:
 
     def gather(self, ring: Tensor, fresh: Tensor | None) -> Tensor:
         """The blocks `[blocks, heads, block, dim]` out of `[rows, heads, slots, dim]` states."""
-        if self.run is not None and fresh is not None:  # a view of one row, else one plain copy
+        if self.run is not None:  # a view of one row, else one plain copy
+            assert fresh is not None
             rows, slots, blocks = self.run
             tiles = fresh[rows, :, slots].unflatten(2, (blocks, -1))
             return tiles.permute(2, 0, 1, 3, 4).flatten(0, 1)

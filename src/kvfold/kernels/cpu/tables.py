@@ -28,13 +28,13 @@ _TURNS = {"nothing": 0, "mean": 1, "all": 2, "token": 3}
 MAX_COLUMNS = 1000
 _LIMBS = 3
 #: norm of a column as 16-bit numbers: products with queries of the same norm are within int32.
-_BRIEF_NORM = 46_000.0
+_SHORT_NORM = 46_000.0
 #: angle in half a page up to which a wave is a sum of a few powers, to 1e-7.
 _SLOW, _POWERS = 0.5, 4
 #: what the extension takes of a side, as numbers and addresses; 0 where there is none.
 NUMBERS = """
     kind columns gain_at gain_size gain_next centred sections section
-    matrix brief_matrix brief_unit brief_columns gain offset mean order turns pairs
+    matrix short_matrix short_unit short_columns gain offset mean order turns pairs
     waves fast wave slow middle
     scale_at zero_at segments limbs limb_scale turn frequency
     term table_at table plain brief cos_at sin_at states_at states_type
@@ -183,7 +183,7 @@ def _key_side(bound: BoundCodec) -> _Side:
         side.numbers["columns"] = matrix.shape[-1]
         side.point("matrix", matrix)
         if stored.turns == "all" and side.rope is not None and site.dtype != torch.float32:
-            _brief(side, matrix)
+            _shorts(side, matrix)
         if mean is not None and side.rope is not None:
             _waves(side, mean, side.rope)
         else:
@@ -375,14 +375,14 @@ def _sections(
     side.point("section", torch.tensor(rows), torch.int32)
 
 
-def _brief(side: _Side, matrix: Tensor) -> None:
+def _shorts(side: _Side, matrix: Tensor) -> None:
     """A matrix [heads, dim, columns] as 16-bit numbers, for queries turned page by page."""
     padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[-1] % 16)).double()
-    unit = torch.maximum(padded.norm(dim=1) / _BRIEF_NORM, padded.abs().amax(1) / 32_767)
+    unit = torch.maximum(padded.norm(dim=1) / _SHORT_NORM, padded.abs().amax(1) / 32_767)
     whole = (padded / unit.clamp_min(1e-300)[:, None]).round()
-    side.point("brief_matrix", whole.unflatten(1, (-1, 2)).transpose(2, 3), torch.int16)
-    side.point("brief_unit", unit)
-    side.numbers["brief_columns"] = padded.shape[-1]
+    side.point("short_matrix", whole.unflatten(1, (-1, 2)).transpose(2, 3), torch.int16)
+    side.point("short_unit", unit)
+    side.numbers["short_columns"] = padded.shape[-1]
 
 
 def _waves(side: _Side, mean: Tensor, rope: Rope) -> None:

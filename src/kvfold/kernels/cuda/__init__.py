@@ -259,9 +259,7 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     least = max(up(max(k, v + weights), 128) for k, v in zip(keys, values, strict=True))
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
-    gains = (
-        4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)
-    )  # made of bytes; angles of decoded keys
+    gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes
     rest = columns_at + max(layer.value.columns * TILE * 4 + ends + gains, exact)
     widths = sum(chunks > 0 for side in (layer.key, layer.value) for chunks in side.chunks)
     of_all, of_program, of_device = (

@@ -943,17 +943,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #endif
 #if TOKEN
             q_unit = ((const float*)(mine + UNITS_AT))[query];
-#endif
             __syncwarp();
-#if TOKEN
             if (lane == 0) arrive(key_barrier + 16);
 #else
+            __syncwarp();
             if (!apart) fetch_values(address);
             else if (page + WARPS < high) fetch_columns(next);
-#endif
             if (WHOLE_KEYS) find_terms(queries_in);
-#if TOKEN
-#else
             float w[2][4][2];
             if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, room, l);
 #endif

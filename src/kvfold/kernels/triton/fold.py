@@ -105,7 +105,7 @@ class Columns:
                         first, stride = start + low * words + i - low, min(CHUNK, count - low)
                     c = column.coordinate
                     of = next((t for t in tables[len(tables) - passes :] if t[1, c] < 0), None)
-                    if of is None:  # its second digit of this width
+                    if of is None:  # the head's first, or second digits of this width
                         of = torch.tensor([[0], [-1], [0]], dtype=torch.int32)
                         of = of.repeat(1, len(plan.bits[h]))
                         tables.append(of)

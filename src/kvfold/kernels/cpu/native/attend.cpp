@@ -470,13 +470,13 @@ void page_scores(const Work& w, const Queries& q, const Room& r, const uint8_t* 
   if (key.kind == kDigits && key.turns == kPage) {
     const float* gain = key.gain + int64_t(head) * s.D;
     for (int m = 0; m < M; ++m) r.page_gain[m] = dot_float(states + m * s.D, gain, s.D);
-    if (s.limbs == 2 && key.brief_matrix) {
-      const int64_t columns = key.brief_columns, at = head * columns;
-      int16_t* brief = reinterpret_cast<int16_t*>(r.limbs);  // [M][D]
+    if (s.limbs == 2 && key.short_matrix) {
+      const int64_t columns = key.short_columns, at = head * columns;
+      int16_t* shorts = reinterpret_cast<int16_t*>(r.limbs);  // [M][D]
       for (int m = 0; m < M; ++m)
-        r.scale[m] = to_shorts(states + m * s.D, s.D, brief + m * s.D);
-      short_product(M, s.D / 2, s.C, brief, key.brief_matrix + at * s.D, columns, r.scale,
-                    key.brief_unit + at, r.code, s.C);
+        r.scale[m] = to_shorts(states + m * s.D, s.D, shorts + m * s.D);
+      short_product(M, s.D / 2, s.C, shorts, key.short_matrix + at * s.D, columns, r.scale,
+                    key.short_unit + at, r.code, s.C);
     } else {
       zero(r.code, int64_t(M) * s.C);
       add_product(M, s.D, s.C, states, s.D, key.matrix + int64_t(head) * s.D * s.C, s.C, r.code, s.C);

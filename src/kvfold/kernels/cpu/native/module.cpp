@@ -74,7 +74,7 @@ Side side_of(const nb::dict& d) {
   NUMBER(centred);
   POINTER(section, kvfold::Section), POINTER(matrix, float), POINTER(gain, float);
   POINTER(offset, float), POINTER(mean, float), POINTER(order, int32_t);
-  POINTER(brief_matrix, int16_t), POINTER(brief_unit, float), NUMBER(brief_columns);
+  POINTER(short_matrix, int16_t), POINTER(short_unit, float), NUMBER(short_columns);
   NUMBER(turns), NUMBER(pairs), NUMBER(scale_at), NUMBER(zero_at), NUMBER(segments);
   NUMBER(share), POINTER(limbs, int8_t), POINTER(limb_scale, float), POINTER(turn, float);
   NUMBER(waves), NUMBER(fast), POINTER(wave, float), POINTER(slow, float), POINTER(middle, float);

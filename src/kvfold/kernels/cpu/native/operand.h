@@ -41,9 +41,9 @@ struct Side {
   const Section* section;          // [heads][sections]
   const float* matrix;             // keys [heads][dim][columns], values [heads][columns][dim]
   // the matrix of keys that are turned page by page as 16-bit numbers, and their values of 1
-  const int16_t* brief_matrix;     // [heads][dim / 2][brief_columns][2], or null
-  const float* brief_unit;         // [heads][brief_columns]
-  int32_t brief_columns;           // a multiple of 16
+  const int16_t* short_matrix;     // [heads][dim / 2][short_columns][2], or null
+  const float* short_unit;         // [heads][short_columns]
+  int32_t short_columns;           // a multiple of 16
   const float* gain;               // [heads][dim]
   const float* offset;             // [heads][groups][dim] or null
   const float* mean;               // keys [heads][dim][block] ([heads][dim] per token),
