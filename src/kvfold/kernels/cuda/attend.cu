@@ -35,6 +35,7 @@
 #define STATE (2 + 2 * V_GROUPS)
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
+#define LATE (WARPS * PROGRAMS <= 8 && !TOKEN)
 
 // --- instructions --------------------------------------------------------------------------------
 
@@ -405,107 +406,7 @@ __device__ __forceinline__ float soft_cap(float s, float cap) {
     return cap - 2.0f * cap / (1.0f + exp2_(s * (2.0f * LOG2E / cap)));
 }
 
-// --- exact tokens --------------------------------------------------------------------------------
-
-#if DTYPE == 2
-typedef float2 Two;
-__device__ __forceinline__ float2 two(Two x) { return x; }
-#else
-typedef u32 Two;
-__device__ __forceinline__ float2 two(Two x) { return make_float2(wide((State)x), wide((State)(x >> 16))); }
-#endif
-
-// 16 of the sinks and the window for a warp, in float32: two lanes a token for scores, then a lane has
-// pairs of channels of all tokens. All that is read is asked for before any of it is used.
-__device__ __noinline__ void attend_exact(
-    const State* q, const State* keys, const State* values, const int* tokens,
-    const int* query_tokens, float* out, float* state, float* scratch, int row, int head, int split,
-    int exact_tokens, int query_heads, int queries, int group, int tile, float scale, float cap) {
-    const int IN_16 = 16 / sizeof(State), CHUNKS = D_K / IN_16 / 2;  // 16 bytes each, of a lane
-    const int BATCH = CHUNKS > 4 ? 4 : CHUNKS, PAIRS = (D_V + 63) / 64;
-    const int lane = threadIdx.x & 31, half = lane & 1, first = split * EXACT;
-    const int slot = min(first + (lane >> 1), exact_tokens - 1);
-    const u64 base = (u64)(row * HEADS + head) * exact_tokens;
-    const uint4* k = (const uint4*)(keys + (base + slot) * D_K) + half;
-    uint4 chunk[BATCH];
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) chunk[i] = k[2 * i];
-    Two value[EXACT];
-    auto fetch = [&](int d) {
-#pragma unroll
-        for (int t = 0; t < EXACT; ++t)
-            value[t] = *(const Two*)(values + (base + min(first + t, exact_tokens - 1)) * D_V + d);
-    };
-    fetch(min(2 * lane, D_V - 2));
-    const int token = first + (lane >> 1) < exact_tokens ? tokens[row * exact_tokens + slot] : -1;
-    auto wanted = [&](int d) { return (float4*)scratch + d + d / IN_16; };  // chunks begin in other banks
-    float4* p = wanted(D_K);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-        int which = tile * M + n;
-        bool there = n < M && which < group * queries;
-        const State* from = q + ((u64)((row * query_heads + head * group + which / queries) * queries +
-                                       which % queries)) * D_K;
-        for (int d = lane; d < D_K; d += 32) ((float*)wanted(d))[n] = there ? wide(from[d]) * scale : 0.0f;
-    }
-    __syncwarp();
-    float s[4] = {};
-#pragma unroll 1
-    for (int from = 0; from < CHUNKS; from += BATCH) {
-        if (from) {
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) chunk[i] = k[2 * min(from + i, CHUNKS - 1)];
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const float4* w = wanted((2 * (from + i) + half) * IN_16);
-            const u32 words[4] = {chunk[i].x, chunk[i].y, chunk[i].z, chunk[i].w};
-            if (CHUNKS % BATCH && from + i >= CHUNKS) continue;
-#pragma unroll
-            for (int j = 0; j < IN_16; ++j) {
-                float x = IN_16 == 4 ? __uint_as_float(words[j % 4])
-                                     : wide((State)(j & 1 ? words[j / 2] >> 16 : words[j / 2]));
-                float4 y = w[j];
-                s[0] += x * y.x, s[1] += x * y.y, s[2] += x * y.z, s[3] += x * y.w;
-            }
-        }
-    }
-    float m[4], norm[4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-        s[n] += __shfl_xor_sync(0xffffffffu, s[n], 1);
-        if (CAP) s[n] = soft_cap(s[n], cap);
-        int which = tile * M + n;
-        int asker = n < M && which < group * queries ? query_tokens[row * queries + which % queries] : -1;
-        bool seen = token >= 0 && token <= asker;
-        m[n] = seen ? s[n] : LOWEST;
-        for (int o = 2; o < 32; o <<= 1) m[n] = fmaxf(m[n], __shfl_xor_sync(0xffffffffu, m[n], o));
-        s[n] = seen ? exp2_(s[n] - m[n]) : 0.0f;
-        norm[n] = s[n];
-        for (int o = 2; o < 32; o <<= 1) norm[n] += __shfl_xor_sync(0xffffffffu, norm[n], o);
-        if (lane == 0 && n < M) state[n] = m[n], state[M + n] = norm[n];
-    }
-    if (!half) p[lane >> 1] = make_float4(s[0], s[1], s[2], s[3]);
-    const u32 real = __ballot_sync(0xffffffffu, token >= 0);  // what an empty slot holds may be anything
-    __syncwarp();
-#pragma unroll 1
-    for (int i = 0; i < PAIRS; ++i) {
-        const int d = 2 * lane + 64 * i;
-        if (i) fetch(min(d, D_V - 2));
-        float x[4] = {}, y[4] = {};
-#pragma unroll
-        for (int t = 0; t < EXACT; ++t) {
-            float2 v = two(real >> 2 * t & 1 ? value[t] : Two{});
-            float4 w = p[t];
-            x[0] += w.x * v.x, x[1] += w.y * v.x, x[2] += w.z * v.x, x[3] += w.w * v.x;
-            y[0] += w.x * v.y, y[1] += w.y * v.y, y[2] += w.z * v.y, y[3] += w.w * v.y;
-        }
-#pragma unroll
-        for (int n = 0; n < M; ++n)
-            if (d < D_V) *(float2*)(out + n * D_V + d) = make_float2(x[n], y[n]);
-    }
-    __syncwarp();
-}
+#include "exact.cuh"
 
 // --- pages ---------------------------------------------------------------------------------------
 
@@ -716,16 +617,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 
     // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
     // columns of keys and then of values, sums (before them: queries and weights of exact tokens)
+    u32 places = 0;  // that the program has begun
 #if TOKEN  // of all warps: turns and the head's tables; queries, walks and angles of those that bring pages
     const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, BARRIER_AT = PLAIN_AT + (M * PLAIN + 4) * 4;
     const int BRINGERS_AT = BARRIER_AT + 16, WARPS_AT = (BRINGERS_AT + BRINGERS * BRINGER_BYTES + 127) / 128 * 128;
     const u32 head_barrier = shared_address(shared + BARRIER_AT);
-    u32 places = 0;  // that the program has begun
     if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(head_barrier));
     const Decoder decoder{(const Part*)(shared + HEAD_AT), shared_address(shared + HEAD_AT + TOKEN * 128),
                           (const uint4*)shared};
 #else
     const int WARPS_AT = PAGED ? 0 : (Q_BYTES + 127) / 128 * 128;
+    const u32 q_barrier = shared_address(shared + WARPS_AT) + 16;
+    if (!PAGED && threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(q_barrier));
 #endif
     const u32 ENDS = VC * 16 * 4 * 4;
     u8* shared_q = shared;
@@ -783,7 +686,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         u32 line_cost = pages * all_costs;
         int tile = any ? (begin - row_begin) / line_cost : 0, head = 0;
         u32 line_begin = row_begin + tile * line_cost;
-        while (head + 1 < HEADS && begin - line_begin >= costs[head + 1] * pages) ++head;
+        for (int h = 1; h < HEADS; h += 32)
+            head += __popc(__ballot_sync(0xffffffffu, h + lane < HEADS && begin - line_begin >= costs[h + lane] * pages));
         if (lane == 0) *walk = {begin, end, line_begin, line_cost, row, tile, head, pages, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         __syncwarp();
     }
@@ -813,72 +717,75 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         return;
     }
     if (WARPS > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+#else
+    if (!PAGED) __syncthreads();  // the barrier is there
 #endif
 
-    bool first = true;
-    while (any || first) {
-        const int head = walk->head;
-        int low = 0, high = 0;
-        if (any) pages_of(walk, costs, &low, &high);
-        const int row = walk->row, place = (row * tiles + walk->tile) * HEADS + head;
+    // exact tokens: by the last warps first, as the first ones have a page more; where keys are decoded
+    // by half of the warps, so that the halves are at different parts of their pages
+    const int BY = TOKEN && WARPS > 4 ? WARPS / 2 : WARPS;
+    const u32 mine_from = WARPS - 1 - warp < BY ? exact_from + (WARPS - 1 - warp) : exact_to;
+    const ExactTokens exact_of{raw_q, keys, values, tokens, query_tokens, exact, exact_state, exact_tokens,
+                               exact_splits, tiles, query_heads, queries, group, scale, cap};
+    if (!LATE) attend_exact(exact_of, mine_from, exact_to, BY, sums_in, lane);
 
-        Copies c = copies_of(walk, heads, sums_at, q, means, (u64)place * capacity, lane);
+    // where the warp is: its page, the next one's address, and those of more, one a lane, page p's in
+    // lane p / WARPS % 32
+    int high = 0, page = 0, place = 0;
+    u64 next = 0, held = 0;
+    Copies c{};
+    auto fetch_values = [&](u64 address) {
+        if (lane == 0) expect(value_barrier, walk->value_bytes);
+        __syncwarp();
+        if (c.value_bytes) copy(c.to, address + c.from, c.value_bytes, value_barrier);
+    };
+    auto fetch_columns = [&](u64 address) {
+        if (lane == 0) expect(key_barrier, walk->key_bytes);
+        __syncwarp();
+        if (lane < 3 && c.key_bytes) copy(c.to, address + c.from, c.key_bytes, key_barrier);
+    };
+    auto fetch_extras = [&](int page, u64 address) {
+        if (lane >= 3 && c.key_bytes)
+            copy(c.to, c.other ? c.other + (u64)page * c.stride : address + c.from, c.key_bytes, key_barrier);
+    };
+    auto fetch_others = [&] {  // what comes from the launch before
+        if (!TOKEN && page < high && c.key_bytes && c.other)
+            copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
+    };
+    auto hold = [&](int page) {
+        int mine = min(page + WARPS * max(lane - (page / WARPS & 31), 0), high - 1);
+        int number = table[(u64)walk->row * capacity + mine];
+        held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
+    };
+    auto begin_place = [&] {
+        int low = 0;
+        if (any) pages_of(walk, costs, &low, &high);
+        place = (walk->row * tiles + walk->tile) * HEADS + walk->head;
+        c = copies_of(walk, heads, sums_at, q, means, (u64)place * capacity, lane);
         c.to += shared_address(mine);
-        const bool apart = c.apart;
-        auto fetch_values = [&](u64 address) {
-            if (lane == 0) expect(value_barrier, walk->value_bytes);
-            __syncwarp();
-            if (c.value_bytes) copy(c.to, address + c.from, c.value_bytes, value_barrier);
-        };
-        auto fetch_columns = [&](u64 address) {
+        page = low + warp;
+        if (!TOKEN && page < high) {
+            hold(page);
+            next = __shfl_sync(0xffffffffu, held, page / WARPS & 31);
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
-            if (lane < 3 && c.key_bytes) copy(c.to, address + c.from, c.key_bytes, key_barrier);
-        };
-        auto fetch_extras = [&](int page, u64 address) {
-            if (lane >= 3 && c.key_bytes)
-                copy(c.to, c.other ? c.other + (u64)page * c.stride : address + c.from, c.key_bytes, key_barrier);
-        };
+            if (c.key_bytes && !c.other) copy(c.to, next + c.from, c.key_bytes, key_barrier);
+            if (c.apart) fetch_values(next);
+        }
+    };
+    begin_place();
+    if (LATE) attend_exact(exact_of, mine_from, exact_to, BY, sums_in, lane);
+    wait_for_launch_before();
+    let_next_launch_begin();
+    fetch_others();
+    while (any) {
+        const bool apart = c.apart;
         const u8* values_in = mine + c.values_at;
         float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
         auto find_terms = [&](const u8* queries) {
             float2 x = ((const float2*)(queries + KC * 128))[query];
             first_terms[0] = x.x, q_unit = x.y;
         };
-        // addresses of the warp's next pages, one a lane, page p's in lane p / WARPS % 32
-        u64 held = 0;
-        auto hold = [&](int page) {
-            int mine = min(page + WARPS * max(lane - (page / WARPS & 31), 0), high - 1);
-            int number = table[(u64)walk->row * capacity + mine];
-            held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
-        };
-
-        int page = low + warp;
-        u64 next = 0;
-        if (!TOKEN && page < high) {  // what does not come from the launch before
-            hold(page);
-            next = __shfl_sync(0xffffffffu, held, page / WARPS & 31);
-            if (lane == 0) expect(key_barrier, walk->key_bytes);
-            __syncwarp();
-            if (c.key_bytes && !c.other) copy(c.to, next + c.from, c.key_bytes, key_barrier);
-            if (apart) fetch_values(next);
-        }
-        if (first) {
-            // by the last warps first, as the first ones have a page more; where keys are decoded by half
-            // of the warps, so that the halves are at different parts of their pages
-            const int BY = TOKEN && WARPS > 4 ? WARPS / 2 : WARPS;
-            const u32 mine_from = WARPS - 1 - warp < BY ? exact_from + (WARPS - 1 - warp) : exact_to;
-            for (u32 i = mine_from; i < exact_to; i += BY) {
-                int split = i % exact_splits, where = i / exact_splits, at_line = where / HEADS;
-                attend_exact(raw_q, keys, values, tokens, query_tokens, exact + (u64)i * (M * D_V),
-                             exact_state + i * (2 * M), sums_in, at_line / tiles, where % HEADS, split, exact_tokens, query_heads, queries,
-                             group, at_line % tiles, scale, cap);
-            }
-            wait_for_launch_before();
-            let_next_launch_begin();
-        }
-        first = false;
-        if (!any) break;
 #if TOKEN
         if (places) {
             together();  // nobody reads the tables of the head before
@@ -886,16 +793,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         }
         wait(head_barrier, places++ & 1);
 #else
-        if (!PAGED)
-            for (int i = threadIdx.x; i < Q_BYTES / 16; i += 32 * WARPS)
-                ((uint4*)shared_q)[i] = ((const uint4*)(q + (u64)place * Q_BYTES))[i];
+        if (!PAGED && threadIdx.x == 0) {
+            asm volatile("fence.proxy.async.shared::cta;");
+            expect(q_barrier, Q_BYTES);
+            copy(shared_address(shared_q), (u64)q + (u64)place * Q_BYTES, Q_BYTES, q_barrier);
+        }
 #endif
         for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
-        if (!TOKEN && page < high) {
-            if (c.key_bytes && c.other) copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
-        }
-        if (TOKEN) __syncwarp();
-        else together();
+        __syncwarp();
+#if !TOKEN
+        if (!PAGED) wait(q_barrier, places++ & 1);
+#endif
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
         // products of keys take pages of four warps at once: all walk as many
@@ -1117,9 +1025,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             for (int k = 0; k < V_GROUPS; ++k)
                 if (V_OFFSET) ends[(2 + V_GROUPS + k) * 4 + l.c] = offset_sum[k];
         }
+        const u64 record = blockIdx.x + place;
+        const int v4 = walk->v4, v2 = walk->v2, v1 = walk->v1;
+        const bool last = is_last(walk, costs);
+        if (!last) {  // the next place's first pages come while this one's sums are added up
+            go_on(walk, folded, tiles, all_costs, lane);
+            begin_place();
+            fetch_others();
+        }
         together();
         const u8* all = shared + WARPS_AT + sums_at;
-        const u64 record = blockIdx.x + (walk->row * tiles + walk->tile) * HEADS + walk->head;
         float* state = states + record * (STATE * M);
         float* total = sums + record * (M * VC * 16);
         float best[M], factor[WARPS][M];
@@ -1147,7 +1062,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             }
         }
         for (int column = threadIdx.x; column < VC * 16; column += 32 * WARPS) {
-            const int v4 = walk->v4, v2 = walk->v2, v1 = walk->v1;
             int slot = column / 16, at = slot < V4 ? slot * 16 : slot < V4 + V2 ? (slot - V4) * 16 : (slot - V4 - V2) * 16;
             int count = slot < V4 ? v4 : slot < V4 + V2 ? v2 : v1;
             bool there = at + column % 16 < count;
@@ -1160,8 +1074,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
                 total[n * (VC * 16) + column] = there ? x : 0.0f;
             }
         }
-        if (is_last(walk, costs)) break;
+        if (last) break;
         together();  // sums are read
-        go_on(walk, folded, tiles, all_costs, lane);
     }
 }
