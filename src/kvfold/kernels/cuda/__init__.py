@@ -208,7 +208,20 @@ def merge_macros(
         "OFFSET": int(c["V_OFFSET"]),
         "MEAN": int(layer.value.operand.mean is not None),
         "SINK_LOGITS": int(sink_logits),
+        "STAGED": int(merge_bytes(layer, per)[1]),
     }
+
+
+def merge_bytes(layer: Any, per: int) -> tuple[int, bool]:
+    """Shared memory of `merge.cu`, and whether it has room for the head's matrix."""
+    dim, columns = layer.value_dim, layer.value.columns
+    groups, parts = MERGE_THREADS // 32 // per, 2 * MERGE_THREADS // dim
+    found = max(groups * columns, parts * dim)
+    state = 4 + 2 * int(layer.constants["V_GROUPS"])
+    least = up(per * (columns + found + groups * dim + state), 32) * 4
+    staged = least + 2 * columns * dim + 8
+    room = min(SHARED // (2 if per > 1 else 1) - RESERVED, SHARED_OF_PROGRAM)
+    return (staged, True) if staged <= room else (least, False)
 
 
 def source(name: str) -> str:
@@ -391,26 +404,19 @@ def inverse(programs: int) -> int:
 
 
 def merge(
-    layer: Any, places: int, arguments: Sequence[Any], splits: int, unscale: float, *, m: int,
-    sms: int, sink_logits: bool, dtype: torch.dtype,
+    layer: Any, places: int, arguments: Sequence[Any], unscale: float, *, m: int, sms: int,
+    sink_logits: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Launch `merge.cu` for `places` rows and heads, each of which has `splits` parts at most.
+    """Launch `merge.cu` for `places` rows and heads.
 
     A program takes one query where that leaves multiprocessors idle otherwise.
     """
     per = 1 if places * m <= sms else m
     key = ("merge", m, per, dtype, sink_logits)
-    c, dim = layer.constants, layer.value_dim
-    parts = 2 * MERGE_THREADS // dim
-    columns = layer.value.columns
-    fixed = columns * (1 + MERGE_GROUPS) + (parts + MERGE_GROUPS) * dim + 4 + 2 * c["V_GROUPS"]
-    total = 4 * ((fixed + splits) * per + 64)
-    if total > SHARED_OF_PROGRAM:
-        raise ValueError(f"{splits} splits do not fit into a multiprocessor's shared memory")
     if key not in layer.native.kernels:
         found = merge_macros(layer, m, per, sink_logits, dtype)
-        device = layer.table.device.index or 0
-        kernel = compiled("merge", tuple(found.items()), SHARED_OF_PROGRAM, device)
-        layer.native.kernels[key] = kernel
-    grid = places, -(-m // per), 1
-    layer.native.kernels[key](grid, MERGE_THREADS, [*arguments, unscale], total)
+        total = merge_bytes(layer, per)[0]
+        kernel = compiled("merge", tuple(found.items()), total, layer.table.device.index or 0)
+        layer.native.kernels[key] = kernel, total
+    kernel, total = layer.native.kernels[key]
+    kernel((places, -(-m // per), 1), MERGE_THREADS, [*arguments, unscale], total)

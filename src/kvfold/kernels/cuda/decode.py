@@ -133,7 +133,7 @@ def decode(
         cuda.exact_cost(layer), query_heads, queries, group, tiles,
     )  # fmt: skip
     cuda.merge(
-        layer, places, arguments, work.programs + work.exact_splits, 2.0**-value.exponent,
+        layer, places, arguments, 2.0**-value.exponent,
         m=m, sms=work.sms, sink_logits=sink_logits is not None, dtype=q.dtype,
     )  # fmt: skip
     return out

@@ -3,41 +3,97 @@
 // The launch after attention, for sm_90: partial results by their log-sum-exp, turned back to states.
 //
 // One program a row, tile of queries and KV head, and PER of its M queries. It finds the programs of
-// attention that had pages of its place, from `Cut`. Weights of all splits first, then the sums over
-// columns, in a fixed order, then their product with the head's matrix, all in float32.
+// attention that had pages of its place, from `Cut`. A warp has one query and every SPLIT_GROUPS-th part,
+// whose weights it finds by itself; their sums over columns, in a fixed order, are multiplied with the
+// head's matrix, all in float32. The matrix comes to shared memory while attention is still running.
 //
 // Constants come as macros, see __init__.py: HEADS, M, PER, D, C (columns), GROUPS, DTYPE, and the flags
-// GAIN_SUM, OFFSET, MEAN, SINK_LOGITS.
+// GAIN_SUM, OFFSET, MEAN, SINK_LOGITS, STAGED (the matrix fits into shared memory).
 
 #define THREADS 512
+#define WARPS (THREADS / 32)
+#define SPLIT_GROUPS (WARPS / PER)
 #define PARTS (THREADS / (D / 2))  // threads that share two channels of the product
 #define EACH ((C + PARTS - 1) / PARTS)
-#define SPLIT_GROUPS 4
-#define AHEAD (PER == 1)  // few programs: registers for latency
 #define STATE (2 + 2 * GROUPS)
+#define FOUND (SPLIT_GROUPS * C > PARTS * D ? SPLIT_GROUPS * C : PARTS * D)
+
+// Sum over every SPLIT_GROUPS-th part of its weight times COLUMNS numbers, four a lane. The first are
+// asked for before weights are known.
+template <int COLUMNS>
+struct Parts {
+    static const int CHUNKS = (COLUMNS + 127) / 128, AHEAD = PER > 1 ? 1 : 2;
+    const float *from, *states;
+    int count, stride, state_stride, first, lane;
+    float4 ahead[AHEAD][CHUNKS];
+    float state[AHEAD];
+
+    __device__ __forceinline__ void ask(int s, float* state, float4* y) const {
+        *state = states[(u64)s * state_stride];
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            const int c = 4 * lane + 128 * i;
+            y[i] = c < COLUMNS ? *(const float4*)(from + (u64)s * stride + c) : float4{};
+        }
+    }
+    __device__ __forceinline__ void ask_first() {
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            state[k] = LOWEST;
+            const int s = first + k * SPLIT_GROUPS;
+            if (s < count) ask(s, &state[k], ahead[k]);
+        }
+    }
+    __device__ __forceinline__ void add_all(float* to, float top) const {
+        float4 x[CHUNKS] = {};
+        auto add = [&](float state, const float4* y) {
+            if (state <= LOWEST * 0.5f) return;  // without tokens nothing is there
+            const float w = exp2f(state - top);
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i)
+                x[i].x += w * y[i].x, x[i].y += w * y[i].y, x[i].z += w * y[i].z, x[i].w += w * y[i].w;
+        };
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) add(state[k], ahead[k]);
+#pragma unroll 4
+        for (int s = first + AHEAD * SPLIT_GROUPS; s < count; s += SPLIT_GROUPS) {
+            float state;
+            float4 y[CHUNKS];
+            ask(s, &state, y);
+            add(state, y);
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i)
+            if (4 * lane + 128 * i < COLUMNS) *(float4*)(to + 4 * lane + 128 * i) = x[i];
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
     const float* sums, const float* states, const float* exact, const float* exact_state,
     const int* folded, const int* costs, const u16* matrix, const float* gain, const float* center,
     const float* offset, const float* mean, const State* sink_logits, const int* query_tokens,
     State* out, int rows, int programs, int inverse, int exact_splits, int exact_cost, int query_heads,
     int queries, int group, int tiles, double unscale_) {
-    extern __shared__ __align__(16) float shared[];
-    float* columns = shared;                       // [PER][C]
-    float* found = columns + PER * C;              // [SPLIT_GROUPS][PER][C], later [PARTS][PER][D]
-    float* fresh = found + PER * (SPLIT_GROUPS * C + PARTS * D);  // [SPLIT_GROUPS][PER][D] of exact tokens
-    float* about = fresh + PER * SPLIT_GROUPS * D;  // [PER][1 + STATE]: 1 / norm, sums
-    float* weights = about + PER * (2 + STATE);    // [programs + exact_splits][PER]
+    extern __shared__ __align__(128) float shared[];
+    float* columns = shared;                  // [C][PER]
+    float* found = columns + PER * C;         // [SPLIT_GROUPS][PER][C], later [PARTS][PER][D]
+    float* fresh = found + PER * FOUND;       // [SPLIT_GROUPS][PER][D] of exact tokens
+    float* about = fresh + PER * SPLIT_GROUPS * D;  // [PER][2 + STATE]: 1 / norm, sums
+    u16* staged = (u16*)(shared + (PER * (C + FOUND + SPLIT_GROUPS * D + 2 + STATE) + 31) / 32 * 32);
+    const u32 barrier = (u32)__cvta_generic_to_shared(staged + C * D);
     int place = blockIdx.x, head = place % HEADS, tile = place / HEADS % tiles, row = place / (HEADS * tiles);
-    int thread = threadIdx.x, lane = thread & 31, n0 = blockIdx.y * PER;
+    int thread = threadIdx.x, lane = thread & 31, warp = thread / 32, n0 = blockIdx.y * PER;
     exact += (u64)place * exact_splits * (M * D), exact_state += (u64)place * exact_splits * (2 * M);
-    // the thread's part of the matrix, on its way while weights are found
-    int d = thread % (D / 2) * 2, part = thread / (D / 2);
-    matrix += (u64)head * C * D + d;
-    u32 mine[AHEAD ? EACH : 1];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        int c = part + i * PARTS;
-        if (AHEAD) mine[i] = part < PARTS && c < C ? *(const u32*)(matrix + c * D) : 0;
+    matrix += (u64)head * C * D;
+    if (STAGED && thread == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+        asm volatile("fence.mbarrier_init.release.cluster;");
+        asm volatile("fence.proxy.async.shared::cta;");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(C * D * 2)
+                     : "memory");
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+            ::"r"((u32)__cvta_generic_to_shared(staged)), "l"((u64)matrix), "r"(C * D * 2), "r"(barrier) : "memory");
     }
 
     // the programs that had pages of this place
@@ -59,99 +115,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
     states += (u64)(from + place) * (STATE * M), sums += (u64)(from + place) * (M * C);
     wait_for_launch_before();
 
-    for (int k = thread / 32; k < PER; k += THREADS / 32) {
-        int n = n0 + k, which = tile * M + n;
-        float top = LOWEST, logit = LOWEST;
-#pragma unroll 4
-        for (int s = lane; s < parts; s += 32) top = fmaxf(top, states[s * (STATE * M) + n]);
-        for (int s = lane; s < exact_splits; s += 32) top = fmaxf(top, exact_state[s * (2 * M) + n]);
+    const int k = warp % PER, n = n0 + k, which = tile * M + n, first = warp / PER;
+    if (first < SPLIT_GROUPS) {
+        Parts<C> pages{sums + n * C, states + n, parts, M * C, STATE * M, first, lane};
+        Parts<D> tokens{exact + n * D, exact_state + n, exact_splits, M * D, 2 * M, first, lane};
+        pages.ask_first(), tokens.ask_first();
+        // a lane's part: what its sums of weights are; of more parts than lanes the first
+        float mine[STATE] = {LOWEST}, exact_mine[2] = {LOWEST}, logit = LOWEST;
+        if (lane < parts)
+#pragma unroll
+            for (int i = 0; i < STATE; ++i) mine[i] = states[lane * (STATE * M) + i * M + n];
+        if (lane < exact_splits)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) exact_mine[i] = exact_state[lane * (2 * M) + i * M + n];
+        float top = fmaxf(mine[0], exact_mine[0]);
+        for (int s = lane + 32; s < parts; s += 32) top = fmaxf(top, states[s * (STATE * M) + n]);
+        for (int s = lane + 32; s < exact_splits; s += 32) top = fmaxf(top, exact_state[s * (2 * M) + n]);
         if (SINK_LOGITS && which < group * queries) {
             logit = wide(sink_logits[head * group + which / queries]) * LOG2E;
             top = fmaxf(top, logit);
         }
         for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
-        float total[STATE] = {};  // of the pages alone: index 1 is the norm
-        float norm = 0.0f;
-#pragma unroll 4
-        for (int s = lane; s < parts; s += 32) {
-            const float* at = states + s * (STATE * M) + n;
-            float w = at[0] > LOWEST * 0.5f ? exp2f(at[0] - top) : 0.0f;
-            weights[s * PER + k] = w;
-            if (w > 0.0f) {
-                total[1] += w * at[M];
-                if (GAIN_SUM) total[2] += w * at[2 * M];
+        pages.add_all(found + (first * PER + k) * C, top);
+        tokens.add_all(fresh + (first * PER + k) * D, top);
+        if (first == SPLIT_GROUPS - 1) {
+            auto weight = [&](float state) { return state > LOWEST * 0.5f ? exp2f(state - top) : 0.0f; };
+            float total[STATE];  // of the pages alone: index 1 is the norm
+            float norm = weight(exact_mine[0]) * exact_mine[1];
 #pragma unroll
-                for (int g = 0; g < GROUPS; ++g)
-                    if (OFFSET) total[2 + GROUPS + g] += w * at[(2 + GROUPS + g) * M];
+            for (int i = 1; i < STATE; ++i) total[i] = mine[0] > LOWEST * 0.5f ? weight(mine[0]) * mine[i] : 0.0f;
+            for (int s = lane + 32; s < parts; s += 32) {
+                const float* at = states + s * (STATE * M) + n;
+                const float w = weight(at[0]);
+#pragma unroll
+                for (int i = 1; i < STATE; ++i)
+                    if (w > 0.0f) total[i] += w * at[i * M];
+            }
+            for (int s = lane + 32; s < exact_splits; s += 32) {
+                const float* at = exact_state + s * (2 * M) + n;
+                norm += weight(at[0]) * at[M];
+            }
+            for (int o = 16; o; o >>= 1) {
+                norm += __shfl_xor_sync(0xffffffffu, norm, o);
+#pragma unroll
+                for (int i = 1; i < STATE; ++i) total[i] += __shfl_xor_sync(0xffffffffu, total[i], o);
+            }
+            norm += total[1] + (SINK_LOGITS && logit > LOWEST ? exp2f(logit - top) : 0.0f);
+            if (lane == 0) {
+                about[k * (2 + STATE)] = norm > 0.0f ? 1.0f / norm : 1.0f;
+#pragma unroll
+                for (int i = 1; i < STATE; ++i) about[k * (2 + STATE) + 1 + i] = total[i];
             }
         }
-        for (int s = lane; s < exact_splits; s += 32) {
-            const float* at = exact_state + s * (2 * M) + n;
-            float w = at[0] > LOWEST * 0.5f ? exp2f(at[0] - top) : 0.0f;
-            weights[(programs + s) * PER + k] = w;
-            if (w > 0.0f) norm += w * at[M];
-        }
-        for (int o = 16; o; o >>= 1) {
-            norm += __shfl_xor_sync(0xffffffffu, norm, o);
-#pragma unroll
-            for (int g = 1; g < STATE; ++g) total[g] += __shfl_xor_sync(0xffffffffu, total[g], o);
-        }
-        norm += total[1] + (SINK_LOGITS && logit > LOWEST ? exp2f(logit - top) : 0.0f);
-        if (lane == 0) {
-            about[k * (2 + STATE)] = norm > 0.0f ? 1.0f / norm : 1.0f;
-#pragma unroll
-            for (int g = 1; g < STATE; ++g) about[k * (2 + STATE) + 1 + g] = total[g];
-        }
-    }
-    __syncthreads();
-    // four columns a thread, every SPLIT_GROUPS-th split
-    for (int i = thread; i < SPLIT_GROUPS * PER * (C / 4); i += THREADS) {
-        int c = i % (C / 4) * 4, k = i / (C / 4) % PER, first = i / (C / 4 * PER);
-        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        const float* at = sums + (n0 + k) * C + c;
-#pragma unroll 8
-        for (int s = first; s < parts; s += SPLIT_GROUPS) {
-            float w = weights[s * PER + k];
-            if (w > 0.0f) {  // without pages nothing is there
-                float4 y = *(const float4*)(at + (u64)s * (M * C));
-                x.x += w * y.x, x.y += w * y.y, x.z += w * y.z, x.w += w * y.w;
-            }
-        }
-        *(float4*)(found + (first * PER + k) * C + c) = x;
-    }
-    for (int i = thread; i < SPLIT_GROUPS * PER * (D / 2); i += THREADS) {
-        int e = i % (D / 2) * 2, k = i / (D / 2) % PER, first = i / (D / 2 * PER);
-        float2 x = make_float2(0.0f, 0.0f);
-        const float* at = exact + (n0 + k) * D + e;
-#pragma unroll 4
-        for (int s = first; s < exact_splits; s += SPLIT_GROUPS) {
-            float w = weights[(programs + s) * PER + k];
-            float2 y = *(const float2*)(at + s * (M * D));
-            x.x += w * y.x, x.y += w * y.y;
-        }
-        *(float2*)(fresh + (first * PER + k) * D + e) = x;
     }
     __syncthreads();
     for (int i = thread; i < PER * C; i += THREADS) {
         int k = i / C, c = i % C;
         const float* of = about + k * (2 + STATE);
         float x = 0.0f;
+#pragma unroll
         for (int j = 0; j < SPLIT_GROUPS; ++j) x += found[j * PER * C + i];
         // digits about their middle: what rounding did to the matrix does not add up there
         if (GAIN_SUM) x += of[3] * center[head * C + c];
-        columns[i] = x * of[0];
+        columns[c * PER + k] = x * of[0];
+    }
+    if (STAGED) {
+        asm volatile(
+            "{ .reg .pred p; again%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;\n"
+            "@!p bra again%=; }" ::"r"(barrier) : "memory");
     }
     __syncthreads();
+    const int d = thread % (D / 2) * 2, part = thread / (D / 2);
+    const u16* rows_of = (STAGED ? staged : matrix) + d;
     if (part < PARTS) {
         float x[PER][2] = {};
-#pragma unroll(AHEAD ? EACH : 8)
+#pragma unroll 8
         for (int i = 0; i < EACH; ++i) {
             int c = part + i * PARTS;
-            u32 two = AHEAD ? mine[AHEAD ? i : 0] : c < C ? *(const u32*)(matrix + c * D) : 0;
+            if (C % PARTS && c >= C) break;
+            u32 two = *(const u32*)(rows_of + c * D);
             float low = float_of_half((u16)two), high = float_of_half((u16)(two >> 16));
 #pragma unroll
             for (int k = 0; k < PER; ++k) {
-                float y = c < C ? columns[k * C + c] : 0.0f;
+                float y = columns[c * PER + k];
                 x[k][0] += y * low, x[k][1] += y * high;
             }
         }
