@@ -26,7 +26,9 @@ WARPS = 8, 12
 WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (8, 4)
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
-OVER = 0.7
+OVER = 0.72
+#: what a page takes besides its columns, in columns
+OF_PAGE = 358
 #: exact tokens of an item of work, which takes half as long as a page of a head.
 EXACT_TOKENS = 16
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
@@ -245,6 +247,7 @@ class Shared:
         total: bytes of a program.
         warp: bytes of a warp.
         sums_at: where its sums over columns begin.
+        room: bytes for a page's keys and values.
     """
 
     warps: int
@@ -252,24 +255,18 @@ class Shared:
     total: int
     warp: int
     sums_at: int
+    room: int
 
 
 def shared(layer: Any, m: int, mean_n: int) -> Shared:
     """How a multiprocessor's shared memory is cut: the most warps with room for keys and values."""
     c = layer.constants
     q = query_bytes(layer, m)
-    keys, values = (
-        [sum(n * w * 16 for n, w in zip(head, SECTIONS, strict=True)) for head in side.counts]
-        for side in (layer.key.operand, layer.value.operand)
-    )
     # a step and a zero point for each segment and channel, or a gain a token
     extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
     of_page = up(q, 128) * c["PAGED"] if layer.decoder is None else 8 * layer.key_dim
     columns_at = 128 + extra + of_page + BLOCK * mean_n * 2 * c["MEAN"]
-    weights = BLOCK * c["V_GROUPS"] * (c["V_GAIN"] + 2 * c["V_OFFSET"])
-    # values behind keys, or over them: of a section's last chunks what lies behind them is read too
-    apart = [up(k, 128) + up(v + weights, 128) for k, v in zip(keys, values, strict=True)]
-    least = max(up(max(k, v + weights), 128) for k, v in zip(keys, values, strict=True))
+    apart, least = room_of(layer)
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
     gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes
@@ -296,8 +293,33 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
             if worth > most:
                 sums_at, warp = columns_at + room, up(rest, 128) + room
                 total = fixed - RESERVED + warps * warp
-                best, most = Shared(warps, programs, total, warp, sums_at), worth
-    return best or Shared(0, 0, 0, 0, 0)
+                best, most = Shared(warps, programs, total, warp, sums_at, room), worth
+    return best or Shared(0, 0, 0, 0, 0, 0)
+
+
+def room_of(layer: Any) -> tuple[list[int], int]:
+    """Bytes of a page's keys and values side by side, for each head, and of the largest of them all.
+
+    Values lie behind keys, or over them: of a section's last chunks what lies behind is read too.
+    """
+    c = layer.constants
+    keys, values = (
+        [sum(n * w * 16 for n, w in zip(head, SECTIONS, strict=True)) for head in side.counts]
+        for side in (layer.key.operand, layer.value.operand)
+    )
+    weights = BLOCK * c["V_GROUPS"] * (c["V_GAIN"] + 2 * c["V_OFFSET"])
+    apart = [up(k, 128) + up(v + weights, 128) for k, v in zip(keys, values, strict=True)]
+    return apart, max(up(max(k, v + weights), 128) for k, v in zip(keys, values, strict=True))
+
+
+def columns(layer: Any) -> list[float]:
+    """How long a page of each head takes, in columns; more where its values wait for its keys."""
+    if layer.decoder is not None:
+        counts = zip(layer.decoder.counts, layer.value.operand.counts, strict=True)
+        return [110 + 64 * blocks + sum(v) / 2 for blocks, v in counts]
+    room, apart = shared(layer, TILE, TILE).room, room_of(layer)[0]
+    counts = zip(layer.key.operand.counts, layer.value.operand.counts, apart, strict=True)
+    return [(OF_PAGE + sum(k) + sum(v)) / (1 if n <= room else OVER) for k, v, n in counts]
 
 
 def query_bytes(layer: Any, m: int) -> int:

@@ -254,12 +254,6 @@ def _lower(store: LayerStore) -> Layer:
         "MEAN": mean is not None,
     }
     decoder = before_rope.decoder(key) if key.stored.turns == "token" else None
-    if decoder is None:
-        columns = [150 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
-    else:
-        columns = [110 + 64 * n + sum(value.counts[h]) // 2 for h, n in enumerate(decoder.counts)]
-    cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
-    costs = torch.tensor([sum(cost[:h]) for h in range(heads + 1)], dtype=torch.int32)
     layer = Layer(
         k,
         v,
@@ -274,12 +268,15 @@ def _lower(store: LayerStore) -> Layer:
         None if mean is None else mean.to(torch.float16).contiguous(),
         constants,
         weakref.ref(store),
-        cost=cost,
-        costs=costs.to(device),
         decoder=decoder,
     )
     if cuda.runs_on(device):
         layer.native = cuda.native(layer)
+    columns = [150.0 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
+    columns = columns if layer.native is None else cuda.columns(layer)
+    layer.cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
+    costs = torch.tensor([0, *layer.cost], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    layer.costs = costs.to(device)
     if layer.native is None and decoder is not None:
         raise NotLoweredError(cuda.refuses(layer) or "keys coded before RoPE are decoded on sm_90")
     if layer.native is None and v.chunks[2] and block == 128 and not interpreted():
