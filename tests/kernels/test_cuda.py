@@ -94,8 +94,8 @@ def test_all_warps_that_launches_count_on_have_registers(name, dim, tmp_path):
     cut = cuda.shared(made, 4, 4)
     assert cut.programs * cut.warps >= 4
     jobs = {"attend": cuda.macros(made, 4, 4, False, torch.bfloat16)}
-    if cuda.whole_keys(made):
-        jobs["prepare"] = cuda.prepare_macros(made, 4, 4, torch.bfloat16)
+    if made.decoder is None:
+        jobs["prepare"] = cuda.prepare_macros(made, 4, 4, torch.bfloat16, 64)
     for kernel, macros in jobs.items():
         registers, loops = compiled(kernel, macros, tmp_path)
         products = [sum("MMA" in line for line in loop) for loop in loops]
@@ -115,7 +115,7 @@ def test_other_shapes_compile(m, dtype, tmp_path):
     made = layer("fisher2", 96)
     mean_n = 2 if m == 1 else 4
     compiled("attend", cuda.macros(made, m, mean_n, True, dtype), tmp_path)
-    compiled("prepare", cuda.prepare_macros(made, m, mean_n, dtype), tmp_path)
+    compiled("prepare", cuda.prepare_macros(made, m, mean_n, dtype, 32), tmp_path)
     for per in {1, m}:
         macros = cuda.merge_macros(made, m, per, True, dtype)
         registers, _ = compiled("merge", macros, tmp_path)
@@ -131,13 +131,21 @@ def test_what_is_not_read_is_refused():
     assert cuda.refuses(layer("int8", block=256)) == "pages of 256 tokens"
 
 
-def test_operands_lie_as_a_warp_reads_them():
-    """Lane (g, c), register r: channels of rows 4 (g / 2) + g % 2, and that + 2."""
-    rows = torch.arange(2 * 32 * 64).view(2, 32, 64)
-    found = cuda.operands(rows.float() % 1024).view(2, 2, 4, 32, 4, 2)
-    for lane, register in ((0, 0), (13, 1), (22, 2), (31, 3)):
-        g, c = lane // 4, lane % 4
-        row = 16 + 4 * (g // 2) + g % 2 + 2 * (register % 2)
-        channel = 2 * 16 + 4 * c + 2 * (register // 2)
-        wanted = rows[1, row, channel : channel + 2] % 1024
-        assert torch.equal(found[1, 1, 2, lane, register].long(), wanted)
+def test_operands_lie_as_products_take_them():
+    """Rows g and g + 8 of a tile are its columns 4 (g / 2) + g % 2, and that + 2."""
+    made = layer("fisher2", 128)
+    made.mean = torch.randn(made.heads, cuda.BLOCK, 128)
+    found, key = cuda.operands(made), made.key
+    assert key.chunks == (0, 8, 0)
+    for tile, rows in (
+        (3, made.mean[1, 48:64].half()),  # the mean's come first
+        (8, key.matrix[1, :, :16].mT),
+        (11, key.matrix[1, :, 48:64].mT),
+    ):
+        for row, channel in ((0, 0), (5, 23), (9, 77), (15, 127)):
+            wanted = rows[4 * (row % 8 // 2) + row % 2 + 2 * (row // 8), channel]
+            where = tile // 4, channel // 16, tile % 4 * 2 + row // 8, channel % 16 // 8
+            assert found[(1, *where, row % 8, channel % 8)] == wanted, (tile, row)
+    rows = found[1].permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 128)
+    gain = rows[8 + 8, :2].double().sum(0)
+    assert torch.allclose(gain, key.gain[1].double(), rtol=1e-6, atol=1e-7)

@@ -34,9 +34,9 @@ EXACT_TOKENS = 16
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
 SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-#: pages that a warp of `prepare.cu` takes at once, and warps of its program
-PREPARE_PAGES, PREPARE_WARPS = 4, 16
-MERGE_THREADS, MERGE_GROUPS = 512, 4
+#: pages that four warps of `prepare.cu` take at once, and warps of its program
+PREPARE_PAGES, PREPARE_WARPS = 32, 16
+MERGE_THREADS = 512
 
 
 @dataclass
@@ -44,15 +44,15 @@ class Native:
     """What the kernels need of a layer, and the compiled kernels.
 
     Args:
-        whole_keys: keys are products of bytes; their queries come from `prepare.cu`.
-        tables: float16 `[heads, tiles, D / 16, 32, 8]` operands of its products; else None.
+        tables: `operands` of the products of `prepare.cu`; None where keys are decoded.
         reach: float32 `[heads]` length of the longest column of the key matrix.
+        centers: int8 `[heads, slots]` twice the middle of each column's digits, negative.
         kernels: by number of queries, of dtype, and whether scores are capped.
     """
 
-    whole_keys: bool
     tables: Tensor | None
     reach: Tensor | None
+    centers: Tensor | None
     kernels: dict[Any, Any]
 
 
@@ -64,28 +64,45 @@ def native(layer: Any) -> "Native | None":
     """
     if refuses(layer) is not None:
         return None
-    if not whole_keys(layer):
-        return Native(False, None, None, {})
-    key = layer.key
-    rows = key.matrix.mT  # [heads, columns, dim], times 2^exponent
-    gain = torch.zeros_like(rows[:, :16])
-    gain[:, 0] = key.gain.half()
-    gain[:, 1] = (key.gain - gain[:, 0].float()).half()
-    parts = [rows, gain] if layer.mean is None else [rows, gain, layer.mean]
-    reach = rows.float().norm(dim=-1).amax(-1) * 2.0**-key.exponent
-    return Native(True, operands(torch.cat(parts, 1)), reach.float().contiguous(), {})
+    if layer.decoder is not None:
+        return Native(None, None, None, {})
+    reach = layer.key.matrix.float().norm(dim=1).amax(-1) * 2.0**-layer.key.exponent
+    centers = (2 * layer.key.center).to(torch.int8).contiguous()
+    return Native(operands(layer), reach.contiguous(), centers, {})
 
 
-def operands(rows: Tensor) -> Tensor:
-    """`[heads, 16 tiles, dim]` as a warp's registers `[heads, tiles, dim / 16, 32, 8]`.
+def operands(layer: Any) -> Tensor:
+    """Float16 `[heads, groups, dim / 16, 8, 2, 8, 8]`: what queries are multiplied with.
 
-    Lane (g, c) has channels 4c to 4c + 3 of rows 4 (g / 2) + g % 2 and that + 2.
+    Tiles of 16 rows of each head: products with the mean for a page's tokens, where there is one;
+    the chunks of 16 columns that the head has; the gain term, as two float16 parts. Four tiles are a
+    group. Rows g and g + 8 of a tile are its columns 4 (g / 2) + g % 2 and that + 2.
     """
-    heads, count, dim = rows.shape
-    x = rows.reshape(heads, count // 16, 4, 2, 2, dim // 16, 4, 2, 2)
-    # tile, g / 2, which row, g % 2, step, c, half, channel -> tile, step, g, c, half, row, channel
-    x = x.permute(0, 1, 5, 2, 4, 6, 7, 3, 8)
-    return x.reshape(heads, count // 16, dim // 16, 32, 8).to(torch.float16).contiguous()
+    key, dim = layer.key, layer.key_dim
+    found = []
+    for h, counts in enumerate(key.operand.counts):
+        slots, first = [], 0
+        for most, count in zip(key.chunks, counts, strict=True):
+            slots += range(16 * first, 16 * (first + -(-count // 16)))
+            first += most
+        gain = key.gain.new_zeros(16, dim)
+        gain[0] = key.gain[h].half()
+        gain[1] = (key.gain[h] - gain[0]).half()
+        mean = [] if layer.mean is None else [layer.mean[h].half()]
+        found.append(torch.cat([*mean, key.matrix[h, :, slots].mT, gain.half()]))
+    x = torch.zeros(len(found), 64 * groups(layer), dim, dtype=torch.float16)
+    for h, rows in enumerate(found):
+        x[h, : len(rows)] = rows
+    # group, tile, g / 2, which row, g % 2, step, half, channel -> group, step, tile, row, half, g, channel
+    x = x.reshape(len(found), -1, 4, 4, 2, 2, dim // 16, 2, 8).permute(0, 1, 6, 2, 4, 7, 3, 5, 8)
+    return x.reshape(len(found), -1, dim // 16, 8, 2, 8, 8).contiguous().to(key.matrix.device)
+
+
+def groups(layer: Any) -> int:
+    """Groups of four tiles of the head that has most."""
+    chunks = [sum(-(-n // 16) for n in counts) for counts in layer.key.operand.counts]
+    means = 0 if layer.mean is None else BLOCK // 16
+    return -(-(means + max(chunks) + 1) // 4)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -128,7 +145,8 @@ def refuses(layer: Any) -> str | None:
         return "gains that do not begin at a multiple of 16 bytes"
     if not shared(layer, TILE, TILE).programs:
         return "pages too large for a multiprocessor's shared memory"
-    if whole_keys(layer) and prepare_bytes(layer, TILE) > SHARED_OF_PROGRAM:
+    turned = turned_at_once(layer, TILE, PREPARE_PAGES)
+    if layer.decoder is None and prepare_bytes(layer, TILE, turned) > SHARED_OF_PROGRAM:
         return "tables too large for a multiprocessor's shared memory"
     return None
 
@@ -174,8 +192,10 @@ def zero_at(layer: Any) -> int:
     return operand.bytes.get(operand.stored.page_zero or "", 0)
 
 
-def prepare_macros(layer: Any, m: int, mean_n: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """The constants that `prepare.cu` is compiled with."""
+def prepare_macros(
+    layer: Any, m: int, mean_n: int, dtype: torch.dtype, turned: int
+) -> dict[str, int | str]:
+    """The constants that `prepare.cu` is compiled with, `turned` pages at once."""
     c = layer.constants
     return {
         "HEADS": layer.heads,
@@ -184,8 +204,11 @@ def prepare_macros(layer: Any, m: int, mean_n: int, dtype: torch.dtype) -> dict[
         "K4": int(c["K4"]),
         "K2": int(c["K2"]),
         "K1": int(c["K1"]),
+        "GROUPS": groups(layer),
+        "PASS": turned,
         "MEAN_N": mean_n,
         "DTYPE": DTYPES[dtype],
+        "WHOLE": int(whole_keys(layer)),
         "PAGED": int(c["PAGED"]),
         "MEAN": int(c["MEAN"]),
         "TURN": int(layer.rope is not None),
@@ -328,14 +351,20 @@ def query_bytes(layer: Any, m: int) -> int:
     return 2 * TILE * columns + 8 * TILE if whole_keys(layer) else 2 * m * columns
 
 
-def prepare_bytes(layer: Any, m: int) -> int:
+def prepare_bytes(layer: Any, m: int, turned: int) -> int:
     """Shared memory of `prepare.cu`."""
     dim, columns = layer.key_dim, layer.key.columns
-    tiles = columns // 16 + 1 + (BLOCK // 16 if layer.constants["MEAN"] else 0)
-    return (
-        tiles * dim * 32
-        + (2 * m * (dim + 16) + columns + 4 + PREPARE_WARPS * PREPARE_PAGES * (8 + 2 * dim) + 4) * 4
-    )
+    sums = 16 * PREPARE_PAGES * 4 if turned else PREPARE_WARPS * 4
+    fixed = (2 * m * (dim + 8) + columns // 4 + 4 + 4 * max(turned, 1) + sums) * 4 + 8
+    return groups(layer) * dim * 128 + turned * dim * 8 + fixed
+
+
+def turned_at_once(layer: Any, m: int, run: int) -> int:
+    """Pages for which `prepare.cu` turns queries at once; 0 where it turns none."""
+    if not (layer.constants["PAGED"] or layer.constants["MEAN"]):
+        return 0
+    fits = prepare_bytes(layer, m, 2 * PREPARE_PAGES) <= SHARED_OF_PROGRAM
+    return PREPARE_PAGES * (1 + (fits and run > PREPARE_PAGES))
 
 
 def up(n: int, to: int) -> int:
@@ -383,18 +412,18 @@ def prepare(
         mean_n: queries for which the mean's scores have room.
         dtype: of the queries.
     """
-    run = up(-(-places * pages // sms), PREPARE_PAGES)
-    groups = min(run // PREPARE_PAGES, PREPARE_WARPS)  # of pages that warps take at once
-    share = 1 << (PREPARE_WARPS // groups).bit_length() - 1
-    key = ("prepare", m, dtype)
+    run = up(min(-(-places * pages // sms), pages), PREPARE_PAGES)
+    turned = turned_at_once(layer, m, run)
+    run = run if turned else pages
+    key = ("prepare", m, dtype, turned)
     if key not in layer.native.kernels:
-        total = prepare_bytes(layer, m)
-        found = tuple(prepare_macros(layer, m, mean_n, dtype).items())
+        total = prepare_bytes(layer, m, turned)
+        found = tuple(prepare_macros(layer, m, mean_n, dtype, turned).items())
         kernel = compiled("prepare", found, total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, total
     kernel, total = layer.native.kernels[key]
     grid = places, -(-pages // run), 1
-    kernel(grid, 32 * PREPARE_WARPS, [*arguments, run, share, *factors], total)
+    kernel(grid, 32 * PREPARE_WARPS, [*arguments, run, *factors], total)
 
 
 def attend(

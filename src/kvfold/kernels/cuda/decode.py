@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold.cache.timeline import Located
 from kvfold.kernels import cuda
-from kvfold.kernels.triton.prepare import power_of_two, prepare
+from kvfold.kernels.triton.prepare import power_of_two
 
 LOG2E = 1.4426950408889634
 
@@ -25,9 +25,7 @@ class Work:
     programs: int  #: of `attend.cu`
     exact_splits: int
     sms: int  #: multiprocessors
-    addresses: Tensor  #: int64 `[rows, pages]`, written by Triton's prepare kernel
     query: Tensor  #: `[places, pages or 1, ...]` 16-bit words
-    terms: Tensor  #: what Triton's prepare kernel adds to sums
     means: Tensor
     sums: Tensor  #: `[programs + places, m, columns]`
     state: Tensor
@@ -55,7 +53,7 @@ def _work(
     cut = cuda.shared(layer, m, mean_n)
     programs = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
     pages, groups = max(held, 1), int(c["V_GROUPS"])
-    paged, segments = bool(c["PAGED"]), int(c["SEGMENTS"])
+    paged = bool(c["PAGED"])
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -66,9 +64,7 @@ def _work(
             programs,
             exact_splits,
             sms,
-            empty(rows, pages, dtype=torch.int64),
             empty(places, pages if paged else 1, cuda.query_bytes(layer, m) // 2, dtype=half),
-            empty(places, pages if paged or segments > 1 else 1, 2 * segments, m),
             empty(places, held if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(programs + places, m, layer.value.columns),
             empty(programs + places, 2 + 2 * groups, m),
@@ -94,9 +90,9 @@ def decode(
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
     scale = float(scaling) * LOG2E
-    if capacity and layer.native.whole_keys:
+    if capacity and layer.decoder is None:
         arguments = (
-            q, layer.table, layer.native.tables, key.center, layer.native.reach,
+            q, layer.table, layer.native.tables, layer.native.centers, layer.native.reach,
             layer.rope if layer.rope is not None else none,
             located.block, located.folded, located.first, work.query, work.means,
             capacity, query_heads, queries, group, tiles, layer.sinks,
@@ -104,12 +100,6 @@ def decode(
         cuda.prepare(
             layer, places, capacity, work.sms, arguments, (scale, 2.0**-key.exponent),
             m=m, mean_n=mean_n, dtype=q.dtype,
-        )  # fmt: skip
-    elif capacity and layer.decoder is None:
-        into = work.addresses, work.query, work.terms, work.means
-        prepare(
-            q, layer, located, into,
-            m=m, mean_n=mean_n, scale=scale, segments=1, z=False, plain=False,
         )  # fmt: skip
     arguments = (
         layer.table, layer.costs, located.folded, located.table, layer.pool.addresses, capacity,
