@@ -132,7 +132,8 @@ def test_states_that_no_code_holds_are_refused_when_the_device_gets_there(model)
     with torch.no_grad():
         model(input_ids=prompt(1), past_key_values=cache)
         store = cache.folded_layers[0].store
-        store.watch.add(torch.full((1, 1, 1, 4), float("nan"), device="cuda"), "layer 0: key_states")
+        states = torch.full((1, 1, 1, 4), float("nan"), device="cuda")
+        store.watch.add(states, "layer 0: key_states")
         torch.cuda.synchronize()
         with pytest.raises(kvfold.CodecError, match="layer 0: key_states contain NaN"):
             store.watch.check()

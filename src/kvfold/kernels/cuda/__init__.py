@@ -75,8 +75,8 @@ def operands(layer: Any) -> Tensor:
     """Float16 `[heads, groups, dim / 16, 8, 2, 8, 8]`: what queries are multiplied with.
 
     Tiles of 16 rows of each head: products with the mean for a page's tokens, where there is one;
-    the chunks of 16 columns that the head has; the gain term, as two float16 parts. Four tiles are a
-    group. Rows g and g + 8 of a tile are its columns 4 (g / 2) + g % 2 and that + 2.
+    the chunks of 16 columns that the head has; the gain term, as two float16 parts. Four tiles are
+    a group. Rows g and g + 8 of a tile are its columns 4 (g / 2) + g % 2 and that + 2.
     """
     key, dim = layer.key, layer.key_dim
     found = []
@@ -93,7 +93,8 @@ def operands(layer: Any) -> Tensor:
     x = torch.zeros(len(found), 64 * groups(layer), dim, dtype=torch.float16)
     for h, rows in enumerate(found):
         x[h, : len(rows)] = rows
-    # group, tile, g / 2, which row, g % 2, step, half, channel -> group, step, tile, row, half, g, channel
+    # group, tile, g / 2, which row, g % 2, step, half, channel
+    # -> group, step, tile, which row, half, g, channel
     x = x.reshape(len(found), -1, 4, 4, 2, 2, dim // 16, 2, 8).permute(0, 1, 6, 2, 4, 7, 3, 5, 8)
     return x.reshape(len(found), -1, dim // 16, 8, 2, 8, 8).contiguous().to(key.matrix.device)
 
@@ -321,7 +322,7 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
 
 
 def room_of(layer: Any) -> tuple[list[int], int]:
-    """Bytes of a page's keys and values side by side, for each head, and of the largest of them all.
+    """Bytes of a page's keys and values side by side, for each head, and of the largest alone.
 
     Values lie behind keys, or over them: of a section's last chunks what lies behind is read too.
     """
