@@ -393,7 +393,16 @@ def cut_for(layer: Any, lines: int, capacity: int, exact_splits: int, cut: Share
     if lines * max(capacity, 1) * sum(layer.cost) >= 2**32:
         raise ValueError(f"{lines} rows and tiles of {capacity} pages are more than a launch takes")
     places = lines * layer.heads
-    return min(cut.programs * sms, places * exact_splits + -(-places * capacity // cut.warps))
+    programs = min(cut.programs * sms, places * exact_splits + -(-places * capacity // cut.warps))
+    if not equal(layer, places * capacity, programs * cut.warps):
+        return programs
+    # each has a part of one place, or some whole ones, where rows are equally long
+    return programs // places * places or -(-places // -(-places // programs))
+
+
+def equal(layer: Any, pages: int, warps: int) -> bool:
+    """Whether pages of all heads take as long: so they do where a warp has one at most."""
+    return len(set(layer.cost)) == 1 or pages <= warps
 
 
 def prepare(

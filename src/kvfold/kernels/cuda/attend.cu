@@ -426,8 +426,10 @@ __device__ __forceinline__ void pages_of(const Walk* walk, const int* costs, int
     *low = walk->begin > begin ? (walk->begin - begin) / cost : 0;
     *high = min((walk->end - begin) / cost, (u32)walk->pages);
 }
+// whether the program has no page of the next place
 __device__ __forceinline__ bool is_last(const Walk* walk, const int* costs) {
-    return walk->end <= walk->line_begin + costs[walk->head + 1] * walk->pages;
+    const int head = walk->head, next = head + 1 < HEADS ? head + 1 : 0;
+    return walk->end < walk->line_begin + costs[head + 1] * walk->pages + costs[next + 1] - costs[next];
 }
 // on to the next place, of which there is one
 __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, u32 all_costs, int lane) {

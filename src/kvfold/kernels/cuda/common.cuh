@@ -99,5 +99,7 @@ __device__ __forceinline__ u32 begin_of(const Cut& cut, u32 program, u32* item) 
     u64 share = (u64)(program * cut.items) * cut.inverse;
     bool end = program >= cut.programs;
     *item = end ? cut.items : (u32)(share >> 32);
-    return end ? cut.total : __umulhi(cut.total, program * cut.inverse) + __umulhi(cut.exact_cost, (u32)share);
+    // not below program / programs, so that a piece that begins with a place has none of the one before
+    const u32 x = program * cut.inverse + program;
+    return end ? cut.total : __umulhi(cut.total, x) + __umulhi(cut.exact_cost, (u32)share);
 }

@@ -23,6 +23,7 @@ class Work:
     """Device memory of the launches, shared by all layers that need the same."""
 
     programs: int  #: of `attend.cu`
+    costs: Tensor  #: int32 `[heads + 1]`: `Layer.costs`, or equal ones
     exact_splits: int
     sms: int  #: multiprocessors
     query: Tensor  #: `[places, pages or 1, ...]` 16-bit words
@@ -52,6 +53,9 @@ def _work(
     exact_splits, places = -(-exact // cuda.EXACT_TOKENS), rows * tiles * layer.heads
     cut = cuda.shared(layer, m, mean_n)
     programs = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
+    costs = layer.costs
+    if cuda.equal(layer, places * held, programs * cut.warps):
+        costs = torch.arange(layer.heads + 1, dtype=torch.int32, device=device) * 32
     pages, groups = max(held, 1), int(c["V_GROUPS"])
     paged = bool(c["PAGED"])
 
@@ -62,6 +66,7 @@ def _work(
     with torch.inference_mode(False):
         _WORK[key] = Work(
             programs,
+            costs,
             exact_splits,
             sms,
             empty(places, pages if paged else 1, cuda.query_bytes(layer, m) // 2, dtype=half),
@@ -102,7 +107,7 @@ def decode(
             m=m, mean_n=mean_n, dtype=q.dtype,
         )  # fmt: skip
     arguments = (
-        layer.table, layer.costs, located.folded, located.table, layer.pool.addresses, capacity,
+        layer.table, work.costs, located.folded, located.table, layer.pool.addresses, capacity,
         layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
         q, exact_keys, exact_values, tokens, query_tokens, exact, rows, query_heads, queries, group,
         tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
@@ -115,7 +120,7 @@ def decode(
     )  # fmt: skip
     offset, mean = value.operand.offset, value.operand.mean
     arguments = (
-        work.sums, work.state, work.exact, work.exact_state, located.folded, layer.costs,
+        work.sums, work.state, work.exact, work.exact_state, located.folded, work.costs,
         value.matrix, value.gain, value.center,
         offset if offset is not None else none, mean if mean is not None else none,
         sink_logits.to(q.dtype) if sink_logits is not None else none, query_tokens, out,

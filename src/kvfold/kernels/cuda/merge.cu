@@ -104,11 +104,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
     for (int i = lane; i < row; i += 32) before += folded[i];
     before = __reduce_add_sync(0xffffffffu, before) * tiles * all_costs + folded[row] * tile * all_costs;
     const u32 begin = before + folded[row] * costs[head], end = before + folded[row] * costs[head + 1];
-    int from = 0, last = 0;  // of all programs that begin at or before them, the last ones
+    const u32 second = begin + costs[head + 1] - costs[head];  // page
+    int from = 0, last = 0;  // of all programs that begin before it and before the end, the last ones
     for (int step = 1024; step; step >>= 5) {
         u32 item;
         int a = from + lane * step, b = last + lane * step;
-        from += (__popc(__ballot_sync(0xffffffffu, a < programs && begin_of(cut, a, &item) <= begin)) - 1) * step;
+        from += (__popc(__ballot_sync(0xffffffffu, a < programs && begin_of(cut, a, &item) < second)) - 1) * step;
         last += (__popc(__ballot_sync(0xffffffffu, b < programs && begin_of(cut, b, &item) < end)) - 1) * step;
     }
     const int parts = begin < end ? last - from + 1 : 0;
