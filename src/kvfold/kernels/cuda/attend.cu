@@ -459,12 +459,17 @@ __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, 
 // places in a warp's part of shared memory
 #define EXTRA_AT 128  // copies to whole lines are much faster
 #define K_EXTRA (K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0)
-// behind the queries of whole keys: what is added to their sums, and their unit, [4][2]
-#define Q_BYTES (WHOLE_KEYS ? KC * 128 + 32 : KC * 16 * M * 2)
+// queries of a page's columns, by chunks that the head has; before those of whole keys what is added to
+// their sums, and their unit, [4][2]
+#define TERMS_BYTES (WHOLE_KEYS ? 32 : 0)
+#define Q_CHUNK (WHOLE_KEYS ? 128 : M * 32)
+#define Q_BYTES (TERMS_BYTES + KC * Q_CHUNK)
 #define QUERY_AT (EXTRA_AT + K_EXTRA)
 #define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 8 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0))
 #define V_EXTRA (BLOCK * V_GAIN * V_GROUPS)
 #define COLUMNS_AT (MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0))
+
+__device__ __forceinline__ int chunks(int columns) { return (columns + 15) >> 4; }
 
 // what each lane copies of a page: keys' parts lanes 0 to 6, values' 8 to 12
 struct Copies {
@@ -494,7 +499,7 @@ __device__ __forceinline__ Copies copies_of(Walk* walk, const int* heads, int su
     if (lane == 6) c.from = ZERO_AT + head * ZEROS, c.to = EXTRA_AT + ZEROS, bytes = ZEROS;
     if (PAGED && lane == 4) {
         c.other = (u64)q + first_page * Q_BYTES, c.stride = Q_BYTES;
-        c.to = QUERY_AT, bytes = Q_BYTES;
+        c.to = QUERY_AT, bytes = TERMS_BYTES + (chunks(k4) + chunks(k2) + chunks(k1)) * Q_CHUNK;
     }
     if (MEAN && lane == 5) {
         c.stride = BLOCK * MEAN_N * 2, c.other = (u64)means + first_page * c.stride;
@@ -785,7 +790,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         const u8* values_in = mine + c.values_at;
         float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
         auto find_terms = [&](const u8* queries) {
-            float2 x = ((const float2*)(queries + KC * 128))[query];
+            float2 x = ((const float2*)queries)[query];
             first_terms[0] = x.x, q_unit = x.y;
         };
 #if TOKEN
@@ -822,6 +827,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             const u8* steps = mine + EXTRA_AT;
             const int k4 = walk->k4, k2 = walk->k2, k1 = walk->k1;
             const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
+            const u8 *q4 = queries_in + TERMS_BYTES, *q2 = q4 + chunks(k4) * Q_CHUNK, *q1 = q2 + chunks(k2) * Q_CHUNK;
 #if TOKEN
             float w[2][4][2];
             numbers<1, 1>(w, steps, 0, room, l);
@@ -838,14 +844,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             if (page >= high) break;
 #else
             if (WHOLE_KEYS) {
-                if (K4) add_scores<4>(s, columns_in, k4, queries_in, l);
-                if (K2) add_scores<2>(s, k2_in, k2, queries_in + K4 * 128, l);
-                if (K1) add_scores<1>(s, k1_in, k1, queries_in + (K4 + K2) * 128, l);
+                if (K4) add_scores<4>(s, columns_in, k4, q4, l);
+                if (K2) add_scores<2>(s, k2_in, k2, q2, l);
+                if (K1) add_scores<1>(s, k1_in, k1, q1, l);
             } else {
                 float zeros[4] = {};
-                if (K4) add_scores_half<4>(s, zeros, columns_in, k4, queries_in, steps, l);
-                if (K2) add_scores_half<2>(s, zeros, k2_in, k2, queries_in + K4 * (M * 32), steps, l);
-                if (K1) add_scores_half<1>(s, zeros, k1_in, k1, queries_in + (K4 + K2) * (M * 32), steps, l);
+                if (K4) add_scores_half<4>(s, zeros, columns_in, k4, q4, steps, l);
+                if (K2) add_scores_half<2>(s, zeros, k2_in, k2, q2, steps, l);
+                if (K1) add_scores_half<1>(s, zeros, k1_in, k1, q1, steps, l);
 #pragma unroll
                 for (int k = 0; k < SEGMENTS; ++k)
                     if (SEGMENTS > 1) first_terms[k] = __shfl_sync(0xffffffffu, zeros[0], 4 * k + l.c);

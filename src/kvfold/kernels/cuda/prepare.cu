@@ -180,7 +180,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
 #pragma unroll
     for (int i = 0; i < 2; ++i) inverse[i] = unscale / units[min(n0 + i, M - 1)];
     const int row0 = 4 * (g >> 1) + (g & 1);
-    const int PAGE_Q = WHOLE ? KC * 128 + 32 : KC * M * 32;  // with what is added to each query's sums, and their unit
+    // a page's queries of columns, by chunks; before them what is added to each one's sums, and their unit
+    const int TERMS = WHOLE ? 32 : 0, Q_TILE = WHOLE ? 128 : M * 32, PAGE_Q = TERMS + KC * Q_TILE;
 
     // columns of queries from a tile's sums: [query][quarter of the columns][two bytes][4 columns], or
     // [query][16 columns] of float16, of the page g / 4 of two, or c / 2; z: of the numbers times twice
@@ -217,7 +218,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     }
     bias = __reduce_add_sync(0xffffffffu, bias);
     auto term = [&](float gain, int sum, float unit) { return gain + 0.5f * unit * (float)(sum - bias); };
-    const int Q_TILE = WHOLE ? 128 : M * 32;
     if (once) {  // a tile a warp
         wait_for_tables();
         u32 b[KS][2];
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
                 load_blocks(a, tile_at(tables_in + (MEANS + u) / 4 * GROUP_BYTES, u % 4, lane) + k * 2048);
                 product(d, a, b[k][0], b[k][1]);
             }
-            if (u < n1) store(of + slot(u) * Q_TILE, d, &z, center[slot(u) * 4 + c], WHOLE ? g < M : c < 2);
+            if (u < n1) store(of + TERMS + u * Q_TILE, d, &z, center[slot(u) * 4 + c], WHOLE ? g < M : c < 2);
             else store_gain(gains, d, c < 2);
         }
         if (WHOLE) {
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
             if (thread < M) {
                 int sum = 0;
                 for (int w = 0; w < WARPS; ++w) sum += sums[w * 4 + thread];
-                ((float2*)(of + KC * 128))[thread] = make_float2(term(gains[thread], sum, units[thread]), units[thread]);
+                ((float2*)of)[thread] = make_float2(term(gains[thread], sum, units[thread]), units[thread]);
             }
         }
     }
@@ -303,9 +303,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
                         }
                     }
                 } else if (PAGED && u < n1) {
-                    const int t = slot(u);
-                    const u32 middle = center[t * 4 + c];
-                    u8* of = out + (page0 + page + (WHOLE ? g >> 2 : c >> 1)) * PAGE_Q + t * Q_TILE;
+                    const u32 middle = center[slot(u) * 4 + c];
+                    u8* of = out + (page0 + page + (WHOLE ? g >> 2 : c >> 1)) * PAGE_Q + TERMS + u * Q_TILE;
 #pragma unroll
                     for (int h = 0; h < PAIRS; ++h, of += 2 * PAGE_Q) {
                         const int at = page + 2 * h + (WHOLE ? g >> 2 : c >> 1);
@@ -329,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
         if (thread < 4 * PASS && at < to && n < M) {
             int sum = 0;
             for (int w = 0; w < SHARERS * 4; ++w) sum += sums[w * PASS * 4 + thread];
-            ((float2*)(out + (page0 + at) * PAGE_Q + KC * 128))[n] = make_float2(term(gains[thread], sum, units[n]), units[n]);
+            ((float2*)(out + (page0 + at) * PAGE_Q))[n] = make_float2(term(gains[thread], sum, units[n]), units[n]);
         }
     }
 #endif
