@@ -433,6 +433,8 @@ def prepare(
         layer.native.kernels[key] = kernel, total
     kernel, total = layer.native.kernels[key]
     grid = places, -(-pages // run), 1
+    if 2 * places * grid[1] <= sms and layer.constants["PAGED"] and layer.constants["MEAN"]:
+        grid = (*grid[:2], 2)
     kernel(grid, 32 * PREPARE_WARPS, [*arguments, run, *factors], total)
 
 

@@ -5,7 +5,8 @@
 // A program takes one row and KV head and a run of pages. The head's tables (R_i mu of a page's tokens,
 // the key matrix by columns, the gain term) lie in shared memory, 16 rows a tile. The queries turned back
 // to the starts of PASS pages are columns of the other operand of their products: four warps take four
-// tiles and 32 pages at a time, with wgmma where there is one. Queries of columns become 16-bit fixed
+// tiles and 32 pages at a time, with wgmma where there is one; where programs are few, others than those of
+// columns have the mean's. Queries of columns become 16-bit fixed
 // point, their two bytes neighbouring rows of `out`; the unit follows from norms, which turning keeps, so
 // that all pages share it. WHOLE: they do; else they are float16 numbers, for codes with tables and steps
 // that change within a page.
@@ -131,12 +132,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     const int* counts = heads + head * 16 + 6;
     const int n4 = (counts[0] + 15) / 16, n2 = n4 + (counts[1] + 15) / 16, n1 = n2 + (counts[2] + 15) / 16;
     const bool once = !PAGED && blockIdx.y == 0;  // queries of columns, for all pages
-    const int all = PAGED || once ? MEANS + n1 + 1 : MEANS;
+    const bool apart = gridDim.z > 1, means_only = apart && blockIdx.z;
+    const int all = (PAGED || once) && !means_only ? MEANS + n1 + 1 : MEANS, skipped = apart && !means_only ? MEANS / 4 : 0;
     auto slot = [&](int u) { return u < n4 ? u : u < n2 ? u - n4 + K4 : u - n2 + K4 + K2; };
     const u32 barrier = (u32)__cvta_generic_to_shared(shared + BARRIER_AT);
     const u32 tables_in = (u32)__cvta_generic_to_shared(shared), turned_in = (u32)__cvta_generic_to_shared(turned);
     if (thread == 0) {
-        const u32 bytes = (all + 3) / 4 * GROUP_BYTES;
+        const u32 bytes = ((all + 3) / 4 - skipped) * GROUP_BYTES;
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
         asm volatile("fence.mbarrier_init.release.cluster;");
         asm volatile("fence.proxy.async.shared::cta;");
@@ -144,7 +146,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
                      : "memory");
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-            ::"r"(tables_in), "l"((u64)(tables + (u64)head * (GROUPS * GROUP_BYTES))), "r"(bytes), "r"(barrier)
+            ::"r"(tables_in + skipped * GROUP_BYTES),
+            "l"((u64)(tables + ((u64)head * GROUPS + skipped) * GROUP_BYTES)), "r"(bytes), "r"(barrier)
             : "memory");
     }
     for (int i = thread; i < KC * 4; i += 32 * WARPS) center[i] = centers[head * KC * 4 + i];
@@ -283,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
         const int page = base + 32 * part;
         if (page < to) {
 #pragma unroll 1
-            for (int k = share; k < (PAGED ? all + 3 : MEANS) / 4; k += SHARERS) {
+            for (int k = skipped + share; k < (PAGED ? all + 3 : MEANS) / 4; k += SHARERS) {
                 float d[PAIRS][4];
                 multiply(d, tables_in + k * GROUP_BYTES, turned_in + part * 4096, mine, lane);
                 const int u = 4 * k + mine - MEANS;
@@ -316,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
                 }
             }
         }
-        if (!PAGED || !WHOLE) continue;
+        if (!PAGED || !WHOLE || means_only) continue;
         int* mine_ = sums + (share * 4 + mine) * (PASS * 4) + part * 128;
 #pragma unroll
         for (int h = 0; h < PAIRS; ++h) {
