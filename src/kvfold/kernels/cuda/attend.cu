@@ -92,6 +92,12 @@ __device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier) {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
+// of a page, which nobody reads again: what the launch before wrote stays in the L2 cache instead
+__device__ __forceinline__ void copy_page(u32 to, u64 from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(0x12F0000000000000ull) : "memory");  // evict first
+}
 __device__ __forceinline__ uint2 pair(const u8* p) { return *(const uint2*)p; }
 
 // --- digits --------------------------------------------------------------------------------------
@@ -579,7 +585,7 @@ __device__ __forceinline__ void bring(Walk* walk, const Bringer& b, int lane) {
                         if (!c.apart || base == low) wait(barrier + 24, before);  // where they are now
                         if (lane == 0) expect_more(barrier, walk->key_bytes);
                         __syncwarp();
-                        if (c.key_bytes) copy(to, address, c.key_bytes, barrier);
+                        if (c.key_bytes) copy_page(to, address, c.key_bytes, barrier);
                         turn_queries((uint2*)(theirs + QUERY_AT), b.plain, b.frequency, (float)(start + at * BLOCK),
                                      b.angles, lane);
                         if (lane < M) ((float*)(theirs + UNITS_AT))[lane] = units[lane];
@@ -590,7 +596,7 @@ __device__ __forceinline__ void bring(Walk* walk, const Bringer& b, int lane) {
                         if (!c.apart) wait(barrier + 16, before ^ 1);
                         if (lane == 0) expect(barrier + 8, walk->value_bytes);
                         __syncwarp();
-                        if (c.value_bytes) copy(to, address, c.value_bytes, barrier + 8);
+                        if (c.value_bytes) copy_page(to, address, c.value_bytes, barrier + 8);
                         ++brought[i];
                     }
                 }
@@ -744,16 +750,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     auto fetch_values = [&](u64 address) {
         if (lane == 0) expect(value_barrier, walk->value_bytes);
         __syncwarp();
-        if (c.value_bytes) copy(c.to, address + c.from, c.value_bytes, value_barrier);
+        if (c.value_bytes) copy_page(c.to, address + c.from, c.value_bytes, value_barrier);
     };
     auto fetch_columns = [&](u64 address) {
         if (lane == 0) expect(key_barrier, walk->key_bytes);
         __syncwarp();
-        if (lane < 3 && c.key_bytes) copy(c.to, address + c.from, c.key_bytes, key_barrier);
+        if (lane < 3 && c.key_bytes) copy_page(c.to, address + c.from, c.key_bytes, key_barrier);
     };
     auto fetch_extras = [&](int page, u64 address) {
-        if (lane >= 3 && c.key_bytes)
-            copy(c.to, c.other ? c.other + (u64)page * c.stride : address + c.from, c.key_bytes, key_barrier);
+        if (lane < 3 || !c.key_bytes) return;
+        if (c.other) copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
+        else copy_page(c.to, address + c.from, c.key_bytes, key_barrier);
     };
     auto fetch_others = [&] {  // what comes from the launch before
         if (!TOKEN && page < high && c.key_bytes && c.other)
@@ -776,7 +783,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             next = __shfl_sync(0xffffffffu, held, page / WARPS & 31);
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
-            if (c.key_bytes && !c.other) copy(c.to, next + c.from, c.key_bytes, key_barrier);
+            if (c.key_bytes && !c.other) copy_page(c.to, next + c.from, c.key_bytes, key_barrier);
             if (c.apart) fetch_values(next);
         }
     };

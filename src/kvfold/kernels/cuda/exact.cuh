@@ -72,7 +72,7 @@ struct Exact {
             const bool there = D_K % 32 == 0 || chunk < D_K / 8;
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                key[r][i] = there ? ((const uint4*)(x.keys + item.slot(x, g + 8 * r) * D_K))[chunk] : uint4{};
+                key[r][i] = there ? __ldcs((const uint4*)(x.keys + item.slot(x, g + 8 * r) * D_K) + chunk) : uint4{};
             query[i] = there && item.has(x, g) ? ((const uint4*)item.query(x, g))[chunk] : uint4{};
         }
     }
@@ -85,7 +85,7 @@ struct Exact {
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
                 const u64 slot = item.slot(x, 2 * c + (t & 1) + 8 * (t >> 1));
-                value[t][i] = there ? ((const uint4*)(x.values + slot * D_V))[chunk] : uint4{};
+                value[t][i] = there ? __ldcs((const uint4*)(x.values + slot * D_V) + chunk) : uint4{};
             }
         }
     }
