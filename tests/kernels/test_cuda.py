@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kvfold.cache.timeline import Timeline
 from kvfold.codec import Site
 from kvfold.kernels import cuda
 from kvfold.kernels.cuda import before_rope, build
+from kvfold.kernels.cuda import decode as cuda_decode
 from kvfold.transforms.rope import Rope
 
 decode = pytest.importorskip("kvfold.kernels.triton.decode")
@@ -149,3 +151,16 @@ def test_operands_lie_as_products_take_them():
     rows = found[1].permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 128)
     gain = rows[8 + 8, :2].double().sum(0)
     assert torch.allclose(gain, key.gain[1].double(), rtol=1e-6, atol=1e-7)
+
+
+def test_each_code_has_a_workspace_that_it_fits_into(monkeypatch):
+    """Codes of as many columns have queries of bytes, with a unit each, or of float16."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(cuda_decode, "_WORK", {})
+    for name in ("turboquant4", "fisher4-post", "turboquant2", "int8", "kivi4-g64", "fisher2"):
+        made = layer(name, 128)
+        made.native = cuda.native(made)
+        work = cuda_decode._work(made, 2, 1, 4, 4, 7, 196, torch.device("cpu"))
+        assert work.query.shape[-1] * 2 == cuda.query_bytes(made, 4), name
+        assert work.sums.shape[-1] == made.value.columns

@@ -47,12 +47,14 @@ class Native:
         tables: `operands` of the products of `prepare.cu`; None where keys are decoded.
         reach: float32 `[heads]` length of the longest column of the key matrix.
         centers: int8 `[heads, slots]` twice the middle of each column's digits, negative.
+        equal_costs: int32 `[heads + 1]` `Layer.costs` where all pages take as long.
         kernels: by number of queries, of dtype, and whether scores are capped.
     """
 
     tables: Tensor | None
     reach: Tensor | None
     centers: Tensor | None
+    equal_costs: Tensor
     kernels: dict[Any, Any]
 
 
@@ -64,11 +66,12 @@ def native(layer: Any) -> "Native | None":
     """
     if refuses(layer) is not None:
         return None
+    costs = torch.arange(layer.heads + 1, dtype=torch.int32, device=layer.table.device) * 32
     if layer.decoder is not None:
-        return Native(None, None, None, {})
+        return Native(None, None, None, costs, {})
     reach = layer.key.matrix.float().norm(dim=1).amax(-1) * 2.0**-layer.key.exponent
     centers = (2 * layer.key.center).to(torch.int8).contiguous()
-    return Native(operands(layer), reach.contiguous(), centers, {})
+    return Native(operands(layer), reach.contiguous(), centers, costs, {})
 
 
 def operands(layer: Any) -> Tensor:

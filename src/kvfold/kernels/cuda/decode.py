@@ -43,19 +43,18 @@ def _work(
 ) -> Work:  # fmt: skip
     c = layer.constants
     held = power_of_two(capacity) if capacity else 0  # few sizes, not one a page
+    cut, query_bytes = cuda.shared(layer, m, mean_n), cuda.query_bytes(layer, m)
     key = (
         device, rows, tiles, m, held, exact, layer.heads, layer.block, layer.value_dim, layer.cost,
-        layer.key.columns, layer.value.columns, c["V_GROUPS"], c["PAGED"], c["SEGMENTS"], c["MEAN"],
+        cut, query_bytes, layer.value.columns, c["V_GROUPS"], c["PAGED"], c["MEAN"],
     )  # fmt: skip
     if key in _WORK:
         return _WORK[key]
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     exact_splits, places = -(-exact // cuda.EXACT_TOKENS), rows * tiles * layer.heads
-    cut = cuda.shared(layer, m, mean_n)
     programs = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
-    costs = layer.costs
-    if cuda.equal(layer, places * held, programs * cut.warps):
-        costs = torch.arange(layer.heads + 1, dtype=torch.int32, device=device) * 32
+    equal = cuda.equal(layer, places * held, programs * cut.warps)
+    costs = layer.native.equal_costs if equal else layer.costs
     pages, groups = max(held, 1), int(c["V_GROUPS"])
     paged = bool(c["PAGED"])
 
@@ -69,7 +68,7 @@ def _work(
             costs,
             exact_splits,
             sms,
-            empty(places, pages if paged else 1, cuda.query_bytes(layer, m) // 2, dtype=half),
+            empty(places, pages if paged else 1, query_bytes // 2, dtype=half),
             empty(places, held if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(programs + places, m, layer.value.columns),
             empty(programs + places, 2 + 2 * groups, m),
