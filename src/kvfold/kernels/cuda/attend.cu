@@ -1043,6 +1043,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         const u64 record = blockIdx.x + place;
         const int v4 = walk->v4, v2 = walk->v2, v1 = walk->v1;
         const bool last = is_last(walk, costs);
+        __syncwarp();  // all have read where it was
         if (!last) {  // the next place's first pages come while this one's sums are added up
             go_on(walk, folded, tiles, all_costs, lane);
             begin_place();
