@@ -104,6 +104,12 @@ def test_widths_that_differ_between_heads(name, dim, dtype):
     check(*case(name, 3, 4, dim, dtype, (900, 1), tables=mixed))
 
 
+def test_codes_of_as_many_columns_one_after_another():
+    """Their queries are of other sizes, and a workspace is shared by layers."""
+    for name in ("turboquant4", "fisher4-post", "turboquant2", "fisher4"):
+        check(*case(name, 2, 4, 128, torch.float16, (900, 1)))
+
+
 def test_the_cuda_kernels_read_what_is_measured():
     """On Hopper no row of the benchmarks falls back to Triton's kernels unseen."""
     if torch.cuda.get_device_capability() < (9, 0):
