@@ -164,3 +164,21 @@ def test_each_code_has_a_workspace_that_it_fits_into(monkeypatch):
         work = cuda_decode._work(made, 2, 1, 4, 4, 7, 196, torch.device("cpu"))
         assert work.query.shape[-1] * 2 == cuda.query_bytes(made, 4), name
         assert work.sums.shape[-1] == made.value.columns
+
+
+@pytest.mark.parametrize(
+    ("lines", "programs"),
+    [(1, 264), (8, 256), (9, 264), (17, 264), (32, 256), (64, 256), (67, 264)],
+)
+def test_programs_are_aligned_with_heads_where_few_are_lost(lines, programs):
+    """Of 264: 8 heads a line, whose pages all take as long."""
+    made = layer("kivi4-g64", 128)
+    cut = cuda.shared(made, 4, 4)
+    assert cut.programs == 2
+    assert cuda.cut_for(made, lines, 256, 13, cut, 132) == programs
+
+
+def test_programs_times_items_are_32_bits():
+    made = layer("kivi4-g64", 128)
+    cut = cuda.shared(made, 4, 4)
+    assert cuda.cut_for(made, 4000, 8, 400, cut, 132) * 4000 * made.heads * 400 < 2**32

@@ -397,10 +397,13 @@ def cut_for(layer: Any, lines: int, capacity: int, exact_splits: int, cut: Share
         raise ValueError(f"{lines} rows and tiles of {capacity} pages are more than a launch takes")
     places = lines * layer.heads
     programs = min(cut.programs * sms, places * exact_splits + -(-places * capacity // cut.warps))
+    programs = min(programs, (2**32 - 1) // max(places * exact_splits, 1))  # times items: 32 bits
     if not equal(layer, places * capacity, programs * cut.warps):
         return programs
-    # each has a part of one place, or some whole ones, where rows are equally long
-    return programs // places * places or -(-places // -(-places // programs))
+    # each has a part of one place, or some whole ones, where rows are equally long; if few are lost
+    whole = -(-places // programs)
+    aligned = programs // places * places if whole == 1 else places // whole * (not places % whole)
+    return aligned if aligned >= 0.9 * programs else programs
 
 
 def equal(layer: Any, pages: int, warps: int) -> bool:
