@@ -115,6 +115,9 @@ def runs_on(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < (9, 0):
         return False
+    properties = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < SHARED_OF_PROGRAM:  # sm_120
+        return False
     try:
         build.library()
         build.driver()
