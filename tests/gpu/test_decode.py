@@ -1,5 +1,7 @@
 """The decode kernel on the device: every code it reads, against the float32 oracle."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Timeline
 from kvfold.codec import ExampleTables, Site
 from kvfold.codecs.fisher import group_len
+from kvfold.kernels.cuda import decode as cuda_decode
 from kvfold.quantizers.uniform import gaussian_affine
 from kvfold.transforms.orthogonal import random_rotation
 from kvfold.transforms.rope import Rope
@@ -39,6 +42,10 @@ def mixed(codec, site):
 def plain(codec, site):
     """The codec's own made-up tables."""
     return codec.example(site)
+
+
+def mixed_if_fisher(name):
+    return mixed if name.startswith("fisher") else plain
 
 
 def case(name, heads, group, dim, dtype, chunks, rows=2, padded=True, tables=plain):
@@ -85,6 +92,8 @@ def test_each_code(name, dtype):
     ("heads", "group", "dim", "chunks"),
     [
         (3, 3, 64, (700, 1)),
+        (2, 2, 128, (700, 1)),
+        (40, 1, 64, (460, 1)),
         (1, 1, 80, (330, 1)),
         (2, 8, 96, (460, 5)),
         (1, 16, 256, (460, 2)),
@@ -102,6 +111,20 @@ def test_shapes(name, heads, group, dim, chunks):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_widths_that_differ_between_heads(name, dim, dtype):
     check(*case(name, 3, 4, dim, dtype, (900, 1), tables=mixed))
+
+
+@pytest.mark.parametrize("name", ["fisher2", "fisher2-post", "fisher2-pre", "kivi4-g64"])
+@pytest.mark.parametrize("group", [2, 4, 7])
+def test_few_programs_walk_many_heads(name, group, monkeypatch):
+    """As if the device had one multiprocessor: queries of 64 pages are made ready at once, too."""
+    found = torch.cuda.get_device_properties(0)
+    one = SimpleNamespace(
+        multi_processor_count=1,
+        shared_memory_per_block_optin=found.shared_memory_per_block_optin,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: one)
+    monkeypatch.setattr(cuda_decode, "_WORK", {})
+    check(*case(name, 3, group, 128, torch.bfloat16, (4700, 1), tables=mixed_if_fisher(name)))
 
 
 def test_codes_of_as_many_columns_one_after_another():

@@ -48,7 +48,7 @@ class Native:
         reach: float32 `[heads]` length of the longest column of the key matrix.
         centers: int8 `[heads, slots]` twice the middle of each column's digits, negative.
         equal_costs: int32 `[heads + 1]` `Layer.costs` where all pages take as long.
-        kernels: by number of queries, of dtype, and whether scores are capped.
+        kernels: by name and what else their constants depend on.
     """
 
     tables: Tensor | None
@@ -158,7 +158,9 @@ def refuses(layer: Any) -> str | None:
     return None
 
 
-def macros(layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype) -> dict[str, int | str]:
+def macros(
+    layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype, once: bool = True
+) -> dict[str, int | str]:
     """The constants that `attend.cu` is compiled with.
 
     Args:
@@ -167,13 +169,14 @@ def macros(layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype) -> di
         mean_n: queries for which the mean's scores have room.
         cap: whether scores are soft-capped.
         dtype: of the exact states and of the queries.
+        once: whether one program alone reads a page of a head: there are no more than `m` queries.
     """
     c, cut = layer.constants, shared(layer, m, mean_n)
     names = ("HEADS", "D_K", "D_V", "K4", "K2", "K1", "V4", "V2", "V1", "K_GAIN", "V_GAIN")
     found: dict[str, int | str] = {name: int(c[name]) for name in names}
     for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
         found[name] = int(c[name])
-    found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype]}
+    found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype], "ONCE": int(once)}
     found |= {
         "ZERO_AT": zero_at(layer),
         "EXACT": EXACT_TOKENS,
@@ -449,13 +452,13 @@ def prepare(
 
 def attend(
     layer: Any, programs: int, arguments: Sequence[Any], *, m: int, mean_n: int, cap: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, once: bool,
 ) -> None:  # fmt: skip
     """Launch `attend.cu` with the arguments that come before its cut."""
-    key = ("attend", m, dtype, cap)
+    key = ("attend", m, dtype, cap, once)
     if key not in layer.native.kernels:
         cut = shared(layer, m, mean_n)
-        found = tuple(macros(layer, m, mean_n, cap, dtype).items())
+        found = tuple(macros(layer, m, mean_n, cap, dtype, once).items())
         kernel = compiled("attend", found, cut.total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]

@@ -4,11 +4,11 @@
 //
 // A program takes a run of pages, which may go on from one head or row to the next (`Cut`), for up to
 // 4 queries of the head's group; the warps take turns. Items of 16 exact tokens, a warp each, come
-// before, while the first pages are on their way. Bulk copies bring what a warp reads of a page into
-// its part of shared memory: keys, and values behind them; the next page's take the places of what has
-// been used, so that half a page's work lies between a copy and its use. The loop over pages reads
-// nothing else from global memory, which would wait behind the copies, and so must not spill.
-// Registers of packed words are the operands of products after one `and` a field: field f of a 16-bit
+// before, or while the first pages are on their way (LATE). Bulk copies bring what a warp reads of a
+// page into its part of shared memory: keys, and values behind them; the next page's take the places of
+// what has been used, so that half a page's work lies between a copy and its use. The loop over pages
+// reads addresses of 32 pages at once and nothing else from global memory, which would wait behind the
+// copies, and so must not spill. Registers of packed words are the operands of products after one `and` a field: field f of a 16-bit
 // lane is the subnormal float16 number digit * 2^(position - 24). Products are float16 x float16 with
 // float32 sums.
 //
@@ -26,15 +26,16 @@
 // banks and the weights, transposed by movmatrix, are those of tokens 4c..4c+3.
 //
 // Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
-// D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE (sections are multiples of 16), K_GAIN..
-// (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), TOKEN (keys were
-// coded before RoPE: before_rope.cuh), and flags.
+// ONCE (no other program reads its pages), D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE
+// (sections are multiples of 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte
+// of keys' zero points), TOKEN (keys were coded before RoPE: before_rope.cuh), and flags.
 
 #define KC (K4 + K2 + K1)   // slots of key chunks
 #define VC (V4 + V2 + V1)
 #define STATE (2 + 2 * V_GROUPS)
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
+// where registers are plenty, exact tokens come after the first pages are asked for
 #define LATE (WARPS * PROGRAMS <= 8 && !TOKEN)
 
 // --- instructions --------------------------------------------------------------------------------
@@ -92,8 +93,9 @@ __device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier) {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
-// of a page, which nobody reads again: what the launch before wrote stays in the L2 cache instead
+// of a page, which nobody reads again where ONCE: what the launch before wrote stays in the L2 cache
 __device__ __forceinline__ void copy_page(u32 to, u64 from, u32 bytes, u32 barrier) {
+    if (!ONCE) return copy(to, from, bytes, barrier);
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(0x12F0000000000000ull) : "memory");  // evict first
@@ -629,7 +631,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const u32 begin = begin_of(cut, blockIdx.x, &exact_from), end = begin_of(cut, blockIdx.x + 1, &exact_to);
 
     // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
-    // columns of keys and then of values, sums (before them: queries and weights of exact tokens)
+    // columns of keys and then of values, sums (before them: queries and weights of exact float32 tokens)
     u32 places = 0;  // that the program has begun
 #if TOKEN  // of all warps: turns and the head's tables; queries, walks and angles of those that bring pages
     const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, BARRIER_AT = PLAIN_AT + (M * PLAIN + 4) * 4;

@@ -83,7 +83,13 @@ def decode(
     query_tokens: Tensor, located: Located, *, scaling: float, softcap: float | None,
     sink_logits: Tensor | None, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """What `kvfold.kernels.triton.decode.decode` computes, with its arguments, into `out`."""
+    """What `kvfold.kernels.triton.decode.decode` computes, with its arguments, into `out`.
+
+    `located.folded` must not come from a kernel launched right before: it is read while that may
+    still be running.
+    """
+    if sink_logits is not None:  # here, as a launch between those below keeps them from overlapping
+        sink_logits = sink_logits.to(q.dtype)
     rows, query_heads, queries, _ = q.shape
     group = query_heads // layer.heads
     m = min(cuda.TILE, group * queries)
@@ -115,14 +121,14 @@ def decode(
     )  # fmt: skip
     cuda.attend(
         layer, work.programs, arguments,
-        m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype,
+        m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype, once=tiles == 1,
     )  # fmt: skip
     offset, mean = value.operand.offset, value.operand.mean
     arguments = (
         work.sums, work.state, work.exact, work.exact_state, located.folded, work.costs,
         value.matrix, value.gain, value.center,
         offset if offset is not None else none, mean if mean is not None else none,
-        sink_logits.to(q.dtype) if sink_logits is not None else none, query_tokens, out,
+        sink_logits if sink_logits is not None else none, query_tokens, out,
         rows, work.programs, cuda.inverse(work.programs), work.exact_splits,
         cuda.exact_cost(layer), query_heads, queries, group, tiles,
     )  # fmt: skip

@@ -5,8 +5,8 @@
 //   scores   A = keys    [16 tokens x 16 channels],  B = queries [16 channels x 8]
 //   values   A = weights [16 x 16 tokens],           B = values  [16 tokens x 8 channels]
 //
-// A weight is the sum of two such numbers, the second in the rows from 8 on. All that is read of an item
-// is asked for before any of it is used. States of 32 bits are multiplied one by one.
+// A weight is the sum of two such numbers, the second in the rows from 8 on. What is read of an item is
+// asked for before any of it is used, up to 128 channels of it. States of 32 bits are multiplied one by one.
 
 struct ExactTokens {  // of all items
     const State *q, *keys, *values;
@@ -60,6 +60,8 @@ __device__ __forceinline__ void product_s(float* d, u32 a0, u32 a1, u32 a2, u32 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ uint4 once(const uint4* p) { return ONCE ? __ldcs(p) : *p; }
+
 struct Exact {
     uint4 key[2][KEYS_AT_ONCE], query[KEYS_AT_ONCE], value[4][VALUES_AT_ONCE];
     int token, asker[2];
@@ -72,7 +74,7 @@ struct Exact {
             const bool there = D_K % 32 == 0 || chunk < D_K / 8;
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                key[r][i] = there ? __ldcs((const uint4*)(x.keys + item.slot(x, g + 8 * r) * D_K) + chunk) : uint4{};
+                key[r][i] = there ? once((const uint4*)(x.keys + item.slot(x, g + 8 * r) * D_K) + chunk) : uint4{};
             query[i] = there && item.has(x, g) ? ((const uint4*)item.query(x, g))[chunk] : uint4{};
         }
     }
@@ -85,7 +87,7 @@ struct Exact {
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
                 const u64 slot = item.slot(x, 2 * c + (t & 1) + 8 * (t >> 1));
-                value[t][i] = there ? __ldcs((const uint4*)(x.values + slot * D_V) + chunk) : uint4{};
+                value[t][i] = there ? once((const uint4*)(x.values + slot * D_V) + chunk) : uint4{};
             }
         }
     }

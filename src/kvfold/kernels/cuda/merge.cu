@@ -5,7 +5,7 @@
 // One program a row, tile of queries and KV head, and PER of its M queries. It finds the programs of
 // attention that had pages of its place, from `Cut`. A warp has one query and every SPLIT_GROUPS-th part,
 // whose weights it finds by itself; their sums over columns, in a fixed order, are multiplied with the
-// head's matrix, all in float32. The matrix comes to shared memory while attention is still running.
+// head's matrix, all in float32. The matrix comes to shared memory while attention is still running, where there is room.
 //
 // Constants come as macros, see __init__.py: HEADS, M, PER, D, C (columns), GROUPS, DTYPE, and the flags
 // GAIN_SUM, OFFSET, MEAN, SINK_LOGITS, STAGED (the matrix fits into shared memory).
