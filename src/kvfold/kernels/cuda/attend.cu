@@ -40,9 +40,6 @@
 
 // --- instructions --------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    return (u32)__cvta_generic_to_shared(p);
-}
 __device__ __forceinline__ float exp2_(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -52,12 +49,6 @@ __device__ __forceinline__ u32 times2(u32 a, u32 b) {
     u32 y;
     asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
     return y;
-}
-__device__ __forceinline__ void product(float* d, const u32* a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // int32 += unsigned bytes x signed (queries) or unsigned (weights) bytes
 __device__ __forceinline__ void product_q(int* d, const u32* a, u32 b0, u32 b1) {
@@ -72,26 +63,12 @@ __device__ __forceinline__ void product_p(int* d, const u32* a, u32 b0, u32 b1) 
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred p; again%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-        "@!p bra again%=; }" ::"r"(barrier), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-}
 __device__ __forceinline__ void expect_more(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 // of a page, which nobody reads again where ONCE: what the launch before wrote stays in the L2 cache
 __device__ __forceinline__ void copy_page(u32 to, u64 from, u32 bytes, u32 barrier) {

@@ -80,20 +80,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
     float* fresh = found + PER * FOUND;       // [SPLIT_GROUPS][PER][D] of exact tokens
     float* about = fresh + PER * SPLIT_GROUPS * D;  // [PER][2 + STATE]: 1 / norm, sums
     u16* staged = (u16*)(shared + (PER * (C + FOUND + SPLIT_GROUPS * D + 2 + STATE) + 31) / 32 * 32);
-    const u32 barrier = (u32)__cvta_generic_to_shared(staged + C * D);
+    const u32 barrier = shared_address(staged + C * D);
     int place = blockIdx.x, head = place % HEADS, tile = place / HEADS % tiles, row = place / (HEADS * tiles);
     int thread = threadIdx.x, lane = thread & 31, warp = thread / 32, n0 = blockIdx.y * PER;
     exact += (u64)place * exact_splits * (M * D), exact_state += (u64)place * exact_splits * (2 * M);
     matrix += (u64)head * C * D;
     if (STAGED && thread == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
-        asm volatile("fence.mbarrier_init.release.cluster;");
-        asm volatile("fence.proxy.async.shared::cta;");
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(C * D * 2)
-                     : "memory");
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-            ::"r"((u32)__cvta_generic_to_shared(staged)), "l"((u64)matrix), "r"(C * D * 2), "r"(barrier) : "memory");
+        begin_barrier(barrier);
+        expect(barrier, C * D * 2);
+        copy(shared_address(staged), (u64)matrix, C * D * 2, barrier);
     }
 
     // the programs that had pages of this place
@@ -180,11 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
         if (GAIN_SUM) x += of[3] * center[head * C + c];
         columns[c * PER + k] = x * of[0];
     }
-    if (STAGED) {
-        asm volatile(
-            "{ .reg .pred p; again%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;\n"
-            "@!p bra again%=; }" ::"r"(barrier) : "memory");
-    }
+    if (STAGED) wait(barrier, 0);
     __syncthreads();
     const int d = thread % (D / 2) * 2, part = thread / (D / 2);
     const u16* rows_of = (STAGED ? staged : matrix) + d;

@@ -30,12 +30,6 @@
 #define PAD (D + 8)    // rows of queries lie in different banks
 #define MAGIC 8421376.0f  // 2^23 + 2^15: the low 16 bits of a sum with it are the rounded number and 2^15
 
-__device__ __forceinline__ void product(float* d, const u32* a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 // four blocks of 8 x 8 numbers, whose rows lanes point at
 __device__ __forceinline__ void load_blocks(u32* x, u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -135,20 +129,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     const bool apart = gridDim.z > 1, means_only = apart && blockIdx.z;
     const int all = (PAGED || once) && !means_only ? MEANS + n1 + 1 : MEANS, skipped = apart && !means_only ? MEANS / 4 : 0;
     auto slot = [&](int u) { return u < n4 ? u : u < n2 ? u - n4 + K4 : u - n2 + K4 + K2; };
-    const u32 barrier = (u32)__cvta_generic_to_shared(shared + BARRIER_AT);
-    const u32 tables_in = (u32)__cvta_generic_to_shared(shared), turned_in = (u32)__cvta_generic_to_shared(turned);
+    const u32 barrier = shared_address(shared + BARRIER_AT);
+    const u32 tables_in = shared_address(shared), turned_in = shared_address(turned);
     if (thread == 0) {
         const u32 bytes = ((all + 3) / 4 - skipped) * GROUP_BYTES;
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
-        asm volatile("fence.mbarrier_init.release.cluster;");
-        asm volatile("fence.proxy.async.shared::cta;");
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                     : "memory");
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-            ::"r"(tables_in + skipped * GROUP_BYTES),
-            "l"((u64)(tables + ((u64)head * GROUPS + skipped) * GROUP_BYTES)), "r"(bytes), "r"(barrier)
-            : "memory");
+        begin_barrier(barrier);
+        expect(barrier, bytes);
+        copy(tables_in + skipped * GROUP_BYTES,
+             (u64)(tables + ((u64)head * GROUPS + skipped) * GROUP_BYTES), bytes, barrier);
     }
     for (int i = thread; i < KC * 4; i += 32 * WARPS) center[i] = centers[head * KC * 4 + i];
     wait_for_launch_before();
@@ -173,11 +161,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
         if (lane == 0) units[warp] = fmaxf(sqrtf(x) * reach[head], 1e-30f) * (1.0f / 32000.0f);
     }
     __syncthreads();
-    auto wait_for_tables = [&] {
-        asm volatile(
-            "{ .reg .pred p; again%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;\n"
-            "@!p bra again%=; }" ::"r"(barrier) : "memory");
-    };
     float inverse[2];
     const int n0 = 2 * c & 3;  // the thread's queries in a product, of page c / 2
 #pragma unroll
@@ -222,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     bias = __reduce_add_sync(0xffffffffu, bias);
     auto term = [&](float gain, int sum, float unit) { return gain + 0.5f * unit * (float)(sum - bias); };
     if (once) {  // a tile a warp
-        wait_for_tables();
+        wait(barrier, 0);
         u32 b[KS][2];
 #pragma unroll
         for (int k = 0; k < KS; ++k) {
@@ -281,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
-        wait_for_tables();
+        wait(barrier, 0);
         int z[PAIRS] = {};
         const int page = base + 32 * part;
         if (page < to) {

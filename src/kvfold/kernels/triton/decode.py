@@ -507,7 +507,7 @@ def decode(
         into = work.addresses, work.query, work.z, work.scores
         prepare(
             q, layer, located, into, m=m, mean_n=mean_n, scale=scale,
-            segments=c["SEGMENTS"], z=c["Z"], plain=interpreted(),
+            plain=interpreted(),
         )  # fmt: skip
     grid = (len(work.items), rows * tiles)
     decode_kernel[grid](

@@ -160,7 +160,7 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def prepare(q, layer, located, into, *, m, mean_n, scale, segments, z, plain):
+def prepare(q, layer, located, into, *, m, mean_n, scale, plain):
     """Launch `prepare_kernel` for queries `[rows, query_heads, queries, dim]` of a layer.
 
     Args:
@@ -172,8 +172,6 @@ def prepare(q, layer, located, into, *, m, mean_n, scale, segments, z, plain):
         m: queries of a program.
         mean_n: queries for which products with the mean have room.
         scale: factor on the queries.
-        segments: of a page, of which each has terms of its own.
-        z: whether there are terms to add.
         plain: without inline assembly.
     """
     rows, query_heads, queries, _ = q.shape
@@ -191,6 +189,6 @@ def prepare(q, layer, located, into, *, m, mean_n, scale, segments, z, plain):
         query_heads, queries, group, tiles, layer.sinks, scale, 2.0**-key.exponent,
         HEADS=layer.heads, M=m, P_M=p_m, MEAN_N=mean_n, D=layer.key_dim,
         C=key.columns, P_C=64 * -(-key.columns // 64), B=layer.block, PAGES=run,
-        PAGED=c["PAGED"], SEGMENTS=segments, Z=z, MEAN=c["MEAN"],
+        PAGED=c["PAGED"], SEGMENTS=c["SEGMENTS"], Z=c["Z"], MEAN=c["MEAN"],
         TURN=layer.rope is not None, PLAIN=plain, num_warps=4,
     )  # fmt: skip
