@@ -181,4 +181,4 @@ def test_programs_are_aligned_with_heads_where_few_are_lost(lines, programs):
 def test_programs_times_items_are_32_bits():
     made = layer("kivi4-g64", 128)
     cut = cuda.shared(made, 4, 4)
-    assert cuda.cut_for(made, 4000, 8, 400, cut, 132) * 4000 * made.heads * 400 < 2**32
+    assert cuda.cut_for(made, 6000, 8, 400, cut, 132) * 6000 * made.heads * 400 < 2**32
