@@ -68,6 +68,33 @@ def test_least_squares_has_the_least_error(bits: int) -> None:
         assert excess < 2e-5, f"{kind} is better by {excess} somewhere"
 
 
+@pytest.mark.parametrize(
+    ("bits", "max_1960"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)]
+)
+def test_uniform_levels_cost_what_max_says(bits: int, max_1960: float) -> None:
+    """Max, "Quantizing for minimum distortion" (1960), Table II; a little less on a sphere."""
+    x = unit_vectors(256)
+    error = (through(TurboQuant(bits, "none", levels="uniform"), x) - x).square().sum(-1).mean()
+    assert 0.95 * max_1960 < error < 1.01 * max_1960, f"{error:.4f}, {max_1960} in Max"
+    more = error / (through(TurboQuant(bits, "none"), x) - x).square().sum(-1).mean()
+    assert 0.999 < more < 1.24, f"{more:.3f} times the error of Lloyd-Max levels"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_uniform_levels_are_read_as_digits(bits: int, side: str) -> None:
+    """So that kernels multiply them: no table, and columns of 2 and of 1 bit at 3 bits."""
+    bound = TurboQuant(bits, levels="uniform").bind(Site(side, 2, 64, 64))
+    assert bound.stored is not None
+    assert bound.stored.levels is None
+    fields = bound.encode(unit_vectors(64), POSITIONS)
+    reading = bound.read(fields, POSITIONS)
+    assert torch.equal(reading.columns, bound.plan.columns(fields).float())
+    assert reading.columns.shape[-1] == (128 if bits == 3 else 64)
+    assert reading.columns.max() == (3 if bits == 3 else 2**bits - 1)
+    assert bound.plan.unpack(fields).unique().tolist() == list(range(2**bits))
+
+
 def test_rotation_spreads_one_huge_channel() -> None:
     """The reason for rotating: an outlier costs no more than any other direction."""
     x = torch.randn(4, 2, 64, 64, generator=torch.Generator().manual_seed(33_003))
@@ -80,6 +107,12 @@ def test_bits_at_head_dim_64() -> None:
     names = ("turboquant4", "turboquant3", "turboquant2", "turboquant3-qjl")
     bits = [kvfold.get(name).bits_per_element(num_kv_heads=3, head_dim=64) for name in names]
     assert bits == [4.25, 3.25, 2.25, 3.5], f"{bits}"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_take_no_bits(bits: int) -> None:
+    found = kvfold.get(f"turboquant{bits}-uniform").bits_per_element(head_dim=128)
+    assert found == bits + 16 / 128, f"{found}"
 
 
 def test_the_sketch_loses_at_more_bits() -> None:
@@ -107,3 +140,7 @@ def test_knobs_are_checked() -> None:
         revalidate(TurboQuant(), norm_correction="both")
     with pytest.raises(CodecError, match="it must be 'none'"):
         TurboQuant(3, "norm", qjl=True)
+    with pytest.raises(CodecError, match="levels are 'lloyd-max' or 'uniform', not 'log'"):
+        revalidate(TurboQuant(), levels="log")
+    with pytest.raises(CodecError, match="with qjl=True they must be 'lloyd-max'"):
+        TurboQuant(3, "none", qjl=True, levels="uniform")

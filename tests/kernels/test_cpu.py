@@ -90,7 +90,9 @@ def test_groups_queries_and_dims(isa, heads, group, dim, chunks) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["fisher2", "turboquant4", "rotatekv4", "identity"])
+@pytest.mark.parametrize(
+    "name", ["fisher2", "turboquant4", "turboquant3-uniform", "rotatekv4", "identity"]
+)
 def test_half_precision(name, dtype) -> None:
     check(filled(name, dtype=dtype), 4)
 

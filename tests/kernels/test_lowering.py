@@ -20,6 +20,8 @@ LOWERED = {
     "key": {"fisher4", "fisher2", "fisher1", "fisher2-post", "int8", "kivi2-g32", "turboquant4"},
     "value": {"fisher2", "fisher2-pre", "fisher3", "int8", "kivi2-g32", "rotatekv3", "turboquant2"},
 }
+for names in LOWERED.values():
+    names |= {f"turboquant{bits}-uniform" for bits in (2, 3, 4)}
 
 
 def bound(name: str, side: str) -> BoundCodec:

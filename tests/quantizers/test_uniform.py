@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from kvfold.quantizers.uniform import asymmetric, symmetric, to_float16
+from kvfold.quantizers.uniform import (
+    GAUSSIAN_STEPS,
+    asymmetric,
+    sphere_step,
+    symmetric,
+    to_float16,
+)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -39,6 +45,30 @@ def test_degenerate_groups() -> None:
     codes, scale = symmetric(torch.zeros(2, 8), 8, -1)
     assert scale.sum() == 0
     assert codes.unique().tolist() == [128], f"{codes.unique()}"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_sphere_step_is_best_for_unit_vectors(bits: int, dim: int) -> None:
+    x = torch.randn(400_000 // dim, dim, generator=torch.Generator().manual_seed(22_003)).double()
+    x = x / x.norm(dim=-1, keepdim=True) * dim**0.5
+
+    def error(step: float) -> float:
+        middle = (2**bits - 1) / 2
+        codes = (x / step + middle).round().clamp(0, 2**bits - 1)
+        return (step * (codes - middle) - x).square().mean().item()
+
+    best = error(sphere_step(bits, dim))
+    for factor in (0.97, 1.03):
+        other = error(sphere_step(bits, dim) * factor)
+        assert best < other, f"{best}, but {other} with the step times {factor}"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_sphere_step_tends_to_that_of_max(bits: int) -> None:
+    """Max 1960, Table II: a coordinate of a long unit vector is Gaussian."""
+    found = sphere_step(bits, 2048)
+    assert abs(found / GAUSSIAN_STEPS[bits] - 1) < 2e-3, f"{found}, {GAUSSIAN_STEPS[bits]} in Max"
 
 
 def test_to_float16_saturates() -> None:

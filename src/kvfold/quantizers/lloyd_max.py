@@ -45,16 +45,19 @@ def gaussian_levels(bits: int) -> Tensor:
     return (levels - levels.flip(0)) / 2
 
 
+def sphere_density(x: Tensor, dim: int) -> Tensor:
+    """Density, unnormalised, of sqrt(dim) times a coordinate of a random unit vector in R^dim.
+
+    (1 - x**2 / dim)**((dim - 3) / 2)     (TurboQuant, arXiv:2504.19874, Lemma 1)
+    """
+    return (1 - x * x / dim).clamp_min(0) ** ((dim - 3) / 2)
+
+
 @lru_cache
 def sphere_levels(bits: int, dim: int) -> Tensor:
-    """Lloyd-Max levels of sqrt(dim) times a coordinate of a random unit vector in R^dim.
-
-    Its density is (1 - x**2 / dim)**((dim - 3) / 2) (TurboQuant, arXiv:2504.19874, Lemma 1).
-    """
+    """Lloyd-Max levels of `sphere_density`."""
     edge = dim**0.5
-    levels = fit_density(
-        lambda x: (1 - x * x / dim).clamp_min(0) ** ((dim - 3) / 2), -edge, edge, 2**bits
-    )
+    levels = fit_density(lambda x: sphere_density(x, dim), -edge, edge, 2**bits)
     return (levels - levels.flip(0)) / 2
 
 

@@ -3,8 +3,12 @@
 Parameters are rounded to float16 first and the codes chosen for the rounded ones.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from kvfold.quantizers.lloyd_max import sphere_density
 
 FLOAT16_MAX = 65504.0
 
@@ -53,6 +57,23 @@ def gaussian_affine(bits: Tensor) -> tuple[Tensor, Tensor]:
     """Step and offset (float32) of levels `offset + step * code` for N(0, 1), of integer widths."""
     step = torch.tensor(GAUSSIAN_STEPS, device=bits.device)[bits.long()]
     return step, -step * (2.0**bits - 1) / 2
+
+
+@lru_cache
+def sphere_step(bits: int, dim: int) -> float:
+    """Step of the levels `step * (c - (2**bits - 1) / 2)` with least error for `sphere_density`.
+
+    By bisection: of a step that is too small, the best step for its cells is larger.
+    """
+    x = (torch.arange(2**16, dtype=torch.float64) + 0.5) * (dim**0.5 / 2**16)
+    weight = sphere_density(x, dim)
+    low, high = 0.0, 2.0
+    for _ in range(32):
+        step = (low + high) / 2
+        level = (x / step).floor().clamp(max=2 ** (bits - 1) - 1) + 0.5  # in steps, nearest to x
+        best = float((weight * level * x).sum() / (weight * level.square()).sum())
+        low, high = (step, high) if best > step else (low, step)
+    return low
 
 
 def fit_affine(

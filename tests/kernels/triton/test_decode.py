@@ -94,7 +94,9 @@ def test_groups_and_several_queries(decode, group, queries):
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("name", ["int8", "fisher2.5", "turboquant4", "kivi4-g32"])
+@pytest.mark.parametrize(
+    "name", ["int8", "fisher2.5", "turboquant4", "turboquant3-uniform", "kivi4-g32"]
+)
 def test_head_dims(decode, name, dim):
     if name == "kivi4-g32" and dim == 80:
         pytest.skip("groups of 32 do not divide 80 channels")
