@@ -121,6 +121,8 @@ def test_few_programs_walk_many_heads(name, group, monkeypatch):
     one = SimpleNamespace(
         multi_processor_count=1,
         shared_memory_per_block_optin=found.shared_memory_per_block_optin,
+        major=found.major,
+        minor=found.minor,
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: one)
     monkeypatch.setattr(cuda_decode, "_WORK", {})

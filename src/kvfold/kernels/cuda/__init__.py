@@ -44,16 +44,22 @@ class Native:
     """What the kernels need of a layer, and the compiled kernels.
 
     Args:
-        tables: `operands` of the products of `prepare.cu`; None where keys are decoded.
-        reach: float32 `[heads]` length of the longest column of the key matrix.
-        centers: int8 `[heads, slots]` twice the middle of each column's digits, negative.
+        tables: `operands` of the products of `prepare.cu`; None where no page has queries or scores
+            of its own.
+        own: `own_operands` of the products of `attend.cu`; None where all pages' queries are others,
+            or keys are decoded.
+        centers: int8 `[heads, columns]` twice the middle of each column's digits, negative: of each
+            head's chunks of 16 columns side by side, zeros behind them.
+        about: float32 `[heads, 2]` length of the longest column of the key matrix, and the sum of
+            all centers.
         equal_costs: int32 `[heads + 1]` `Layer.costs` where all pages take as long.
         kernels: by name and what else their constants depend on.
     """
 
     tables: Tensor | None
-    reach: Tensor | None
+    own: Tensor | None
     centers: Tensor | None
+    about: Tensor | None
     equal_costs: Tensor
     kernels: dict[Any, Any]
 
@@ -68,31 +74,79 @@ def native(layer: Any) -> "Native | None":
         return None
     costs = torch.arange(layer.heads + 1, dtype=torch.int32, device=layer.table.device) * 32
     if layer.decoder is not None:
-        return Native(None, None, None, costs, {})
+        return Native(None, None, None, None, costs, {})
     reach = layer.key.matrix.float().norm(dim=1).amax(-1) * 2.0**-layer.key.exponent
-    centers = (2 * layer.key.center).to(torch.int8).contiguous()
-    return Native(operands(layer), reach.contiguous(), centers, costs, {})
+    centers = torch.zeros_like(layer.key.center, dtype=torch.int8)
+    for h, slots in enumerate(slots_of(layer)):
+        centers[h, : len(slots)] = (2 * layer.key.center[h, slots]).to(torch.int8)
+    about = torch.stack([reach, centers.float().sum(1)], 1).contiguous()
+    tables = operands(layer) if prepares(layer) else None
+    own = None if layer.constants["PAGED"] else own_operands(layer)
+    return Native(tables, own, centers, about, costs, {})
+
+
+def prepares(layer: Any) -> bool:
+    """Whether pages have queries, or scores of the mean, of their own: `prepare.cu` makes them."""
+    c = layer.constants
+    return layer.decoder is None and bool(c["PAGED"] or c["MEAN"])
+
+
+def slots_of(layer: Any) -> list[list[int]]:
+    """The columns of each head's chunks of 16, of each section the first ones."""
+    found = []
+    for counts in layer.key.operand.counts:
+        slots: list[int] = []
+        first = 0
+        for most, count in zip(layer.key.chunks, counts, strict=True):
+            slots += range(16 * first, 16 * (first + -(-count // 16)))
+            first += most
+        found.append(slots)
+    return found
+
+
+def rows_of(layer: Any) -> list[Tensor]:
+    """Float16 rows that queries are multiplied with for columns, of each head.
+
+    Its chunks of 16 columns, and where keys are digits the gain term as two float16 parts.
+    """
+    key, found = layer.key, []
+    for h, slots in enumerate(slots_of(layer)):
+        rows = key.matrix[h, :, slots].mT
+        if whole_keys(layer):
+            gain = key.gain.new_zeros(16, layer.key_dim)
+            gain[0] = key.gain[h].half()
+            gain[1] = (key.gain[h] - gain[0]).half()
+            rows = torch.cat([rows, gain.half()])
+        found.append(rows)
+    return found
+
+
+def own_operands(layer: Any) -> Tensor:
+    """Float16 `[heads, tiles, dim / 16, 32, 8]`: `rows_of` as `attend.cu` multiplies with them.
+
+    Each lane's eight numbers of a product lie together; of a tile of 16 rows, g and g + 8 are
+    columns 4 (g / 2) + g % 2 and that + 2.
+    """
+    dim, rows = layer.key_dim, rows_of(layer)
+    x = torch.zeros(len(rows), layer.key.columns + 16 * whole_keys(layer), dim, dtype=torch.float16)
+    for h, found in enumerate(rows):
+        x[h, : len(found)] = found
+    # tile, g / 2, which row, g % 2, step, half, channel / 2, channel % 2
+    # -> tile, step, g / 2, g % 2, channel / 2, half, which row, channel % 2
+    x = x.reshape(len(rows), -1, 4, 2, 2, dim // 16, 2, 4, 2).permute(0, 1, 5, 2, 4, 7, 6, 3, 8)
+    return x.reshape(len(rows), -1, dim // 16, 32, 8).contiguous().to(layer.key.matrix.device)
 
 
 def operands(layer: Any) -> Tensor:
     """Float16 `[heads, groups, dim / 16, 8, 2, 8, 8]`: what queries are multiplied with.
 
     Tiles of 16 rows of each head: products with the mean for a page's tokens, where there is one;
-    the chunks of 16 columns that the head has; the gain term, as two float16 parts. Four tiles are
-    a group. Rows g and g + 8 of a tile are its columns 4 (g / 2) + g % 2 and that + 2.
+    `rows_of` where pages have queries of their own. Four tiles are a group. Rows g and g + 8 of a tile are its columns 4 (g / 2) + g % 2 and that + 2.
     """
     key, dim = layer.key, layer.key_dim
-    found = []
-    for h, counts in enumerate(key.operand.counts):
-        slots, first = [], 0
-        for most, count in zip(key.chunks, counts, strict=True):
-            slots += range(16 * first, 16 * (first + -(-count // 16)))
-            first += most
-        gain = key.gain.new_zeros(16, dim)
-        gain[0] = key.gain[h].half()
-        gain[1] = (key.gain[h] - gain[0]).half()
-        mean = [] if layer.mean is None else [layer.mean[h].half()]
-        found.append(torch.cat([*mean, key.matrix[h, :, slots].mT, gain.half()]))
+    found = rows_of(layer) if layer.constants["PAGED"] else [key.matrix.new_empty(0, dim)] * layer.heads
+    if layer.mean is not None:
+        found = [torch.cat([layer.mean[h].half(), rows]) for h, rows in enumerate(found)]
     x = torch.zeros(len(found), 64 * groups(layer), dim, dtype=torch.float16)
     for h, rows in enumerate(found):
         x[h, : len(rows)] = rows
@@ -106,7 +160,8 @@ def groups(layer: Any) -> int:
     """Groups of four tiles of the head that has most."""
     chunks = [sum(-(-n // 16) for n in counts) for counts in layer.key.operand.counts]
     means = 0 if layer.mean is None else BLOCK // 16
-    return -(-(means + max(chunks) + 1) // 4)
+    paged = max(chunks) + 1 if layer.constants["PAGED"] else 0
+    return -(-(means + paged) // 4)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -152,8 +207,7 @@ def refuses(layer: Any) -> str | None:
         return "gains that do not begin at a multiple of 16 bytes"
     if not shared(layer, TILE, TILE).programs:
         return "pages too large for a multiprocessor's shared memory"
-    turned = turned_at_once(layer, TILE, PREPARE_PAGES)
-    if layer.decoder is None and prepare_bytes(layer, TILE, turned) > SHARED_OF_PROGRAM:
+    if prepares(layer) and prepare_bytes(layer, TILE, PREPARE_PAGES) > SHARED_OF_PROGRAM:
         return "tables too large for a multiprocessor's shared memory"
     return None
 
@@ -218,7 +272,7 @@ def prepare_macros(
         "PASS": turned,
         "MEAN_N": mean_n,
         "DTYPE": DTYPES[dtype],
-        "WHOLE": int(whole_keys(layer)),
+        "WHOLE_KEYS": int(whole_keys(layer)),
         "PAGED": int(c["PAGED"]),
         "MEAN": int(c["MEAN"]),
         "TURN": int(layer.rope is not None),
@@ -255,7 +309,7 @@ def merge_bytes(layer: Any, per: int) -> tuple[int, bool]:
     state = 4 + 2 * int(layer.constants["V_GROUPS"])
     least = up(per * (columns + found + groups * dim + state), 32) * 4
     staged = least + 2 * columns * dim + 8
-    room = min(SHARED // (2 if per > 1 else 1) - RESERVED, SHARED_OF_PROGRAM)
+    room = min(SHARED // (2 if per > 2 else 1) - RESERVED, SHARED_OF_PROGRAM)
     return (staged, True) if staged <= room else (least, False)
 
 
@@ -305,18 +359,15 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes
     rest = columns_at + max(layer.value.columns * TILE * 4 + ends + gains, exact)
     widths = sum(chunks > 0 for side in (layer.key, layer.value) for chunks in side.chunks)
-    of_all, of_program, of_device = (
-        0 if c["PAGED"] else up(q, 128),
-        WARPS_OF_PROGRAM,
-        WARPS[widths > 2],
-    )
+    of_all, of_program, of_device = 0, WARPS_OF_PROGRAM, WARPS[widths > 2]
+    own = layer.decoder is None and not c["PAGED"]  # queries of all pages, and what their sums take
     if layer.decoder is not None:  # four warps share a product, all share the tables
         of_all = up(before_rope.nbytes(layer.decoder.blocks, layer.key_dim, m), 128)
         of_program, of_device = DECODING_WARPS, DECODING_WARPS[0]
     best, most = None, 0.0
     for warps in of_program:
-        fixed = RESERVED + of_all
         for programs in range(1, of_device // warps + 1):
+            fixed = RESERVED + (up(q + 16 * (warps + 1), 128) if own else of_all)
             warp = (SHARED // programs - fixed) // warps // 128 * 128
             room = min(warp - up(rest, 128), max(apart))
             if room < least:
@@ -364,15 +415,13 @@ def query_bytes(layer: Any, m: int) -> int:
 def prepare_bytes(layer: Any, m: int, turned: int) -> int:
     """Shared memory of `prepare.cu`."""
     dim, columns = layer.key_dim, layer.key.columns
-    sums = 16 * PREPARE_PAGES * 4 if turned else PREPARE_WARPS * 4
-    fixed = (2 * m * (dim + 8) + columns // 4 + 4 + 4 * max(turned, 1) + sums) * 4 + 8
+    sums = 16 * PREPARE_PAGES
+    fixed = (2 * m * (dim + 8) + columns // 4 + 4 + 4 * turned + sums * 4) * 4 + 8
     return groups(layer) * dim * 128 + turned * dim * 8 + fixed
 
 
 def turned_at_once(layer: Any, m: int, run: int) -> int:
-    """Pages for which `prepare.cu` turns queries at once; 0 where it turns none."""
-    if not (layer.constants["PAGED"] or layer.constants["MEAN"]):
-        return 0
+    """Pages for which `prepare.cu` turns queries at once."""
     fits = prepare_bytes(layer, m, 2 * PREPARE_PAGES) <= SHARED_OF_PROGRAM
     return PREPARE_PAGES * (1 + (fits and run > PREPARE_PAGES))
 
@@ -436,7 +485,6 @@ def prepare(
     """
     run = up(min(-(-places * pages // sms), pages), PREPARE_PAGES)
     turned = turned_at_once(layer, m, run)
-    run = run if turned else pages
     key = ("prepare", m, dtype, turned)
     if key not in layer.native.kernels:
         total = prepare_bytes(layer, m, turned)
@@ -486,7 +534,7 @@ def merge(
 
     A program takes one query where that leaves multiprocessors idle otherwise.
     """
-    per = 1 if places * m <= sms else m
+    per = next(n for n in (1, 2, m) if n >= m or places * -(-m // n) <= sms)
     key = ("merge", m, per, dtype, sink_logits)
     if key not in layer.native.kernels:
         found = merge_macros(layer, m, per, sink_logits, dtype)

@@ -30,13 +30,15 @@
 // (sections are multiples of 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte
 // of keys' zero points), TOKEN (keys were coded before RoPE: before_rope.cuh), and flags.
 
-#define KC (K4 + K2 + K1)   // slots of key chunks
 #define VC (V4 + V2 + V1)
 #define STATE (2 + 2 * V_GROUPS)
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
+#define OWN (!PAGED && !TOKEN)  // queries of columns hold for all pages: they are made here
 // where registers are plenty, exact tokens come after the first pages are asked for
 #define LATE (WARPS * PROGRAMS <= 8 && !TOKEN)
+
+#include "columns.cuh"
 
 // --- instructions --------------------------------------------------------------------------------
 
@@ -396,21 +398,13 @@ __device__ __forceinline__ float soft_cap(float s, float cap) {
 // --- pages ---------------------------------------------------------------------------------------
 
 // where a warp is; it lies in shared memory, as registers are few
-struct Walk {
-    u32 begin, end, line_begin, line_cost;
-    int row, tile, head, pages;
+struct Walk : Place {
+    u32 begin, end;
     int k4, k2, k1, v4, v2, v1;  // columns of the head
     u32 key_bytes, value_bytes;  // that copies bring
     u32 done;                    // pages of the warp
 };
 
-// pages of the place that are the program's, from `low` on
-__device__ __forceinline__ void pages_of(const Walk* walk, const int* costs, int* low, int* high) {
-    const u32 begin = walk->line_begin + costs[walk->head] * walk->pages;
-    const u32 cost = costs[walk->head + 1] - costs[walk->head];
-    *low = walk->begin > begin ? (walk->begin - begin) / cost : 0;
-    *high = min((walk->end - begin) / cost, (u32)walk->pages);
-}
 // whether the program has no page of the next place
 __device__ __forceinline__ bool is_last(const Walk* walk, const int* costs) {
     const int head = walk->head, next = head + 1 < HEADS ? head + 1 : 0;
@@ -444,17 +438,10 @@ __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, 
 // places in a warp's part of shared memory
 #define EXTRA_AT 128  // copies to whole lines are much faster
 #define K_EXTRA (K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0)
-// queries of a page's columns, by chunks that the head has; before those of whole keys what is added to
-// their sums, and their unit, [4][2]
-#define TERMS_BYTES (WHOLE_KEYS ? 32 : 0)
-#define Q_CHUNK (WHOLE_KEYS ? 128 : M * 32)
-#define Q_BYTES (TERMS_BYTES + KC * Q_CHUNK)
 #define QUERY_AT (EXTRA_AT + K_EXTRA)
 #define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 8 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0))
 #define V_EXTRA (BLOCK * V_GAIN * V_GROUPS)
 #define COLUMNS_AT (MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0))
-
-__device__ __forceinline__ int chunks(int columns) { return (columns + 15) >> 4; }
 
 // what each lane copies of a page: keys' parts lanes 0 to 6, values' 8 to 12
 struct Copies {
@@ -507,6 +494,103 @@ __device__ __forceinline__ Copies copies_of(Walk* walk, const int* heads, int su
     return c;
 }
 
+#if OWN
+// --- queries of a place's columns ----------------------------------------------------------------
+
+#define KS (D_K / 16)
+#define OWN_TILES (KC + WHOLE_KEYS)  // of the head that has most, with the gain's
+#define OWN_BYTES (Q_BYTES + (WARPS + 1) * 16)
+
+struct Own {
+    static const int AT_ONCE = KS > 8 || !LATE ? 1 : 2;  // tiles
+    uint4 a[AT_ONCE][KS];
+    u32 middle[AT_ONCE];  // of a tile's columns' digits, twice, negative
+    Pair q[KS][2];
+    float2 about;  // the head's `reach`, and the sum of all middles
+    float unit;    // of query lane % 4
+
+    __device__ __forceinline__ void ask_tiles(int head, const uint4* operands, const u32* centers, int tile, int lane) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int u = min(tile + i * WARPS, OWN_TILES - 1), place = head * OWN_TILES + u;
+#pragma unroll
+            for (int k = 0; k < KS; ++k) a[i][k] = operands[(place * KS + k) * 32 + lane];
+            middle[i] = centers[(head * KC + min(u, KC - 1)) * 4 + (lane & 3)];
+        }
+    }
+    // before pages are: they would have to wait
+    __device__ __forceinline__ void ask(const ExactTokens& x, const Place& place, const uint4* operands,
+                                        const u32* centers, const float2* heads, int warp, int lane) {
+        const State* from = query_at(x, place.row, place.head, place.tile, has(x, place, lane) ? query(lane) : 0);
+        about = heads[place.head];
+#pragma unroll
+        for (int k = 0; k < KS; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) q[k][half] = ((const Pair*)from)[8 * k + 4 * half + (lane & 3)];
+        ask_tiles(place.head, operands, centers, warp, lane);
+    }
+    __device__ __forceinline__ static int query(int lane) { return min(lane >> 2 & 3, M - 1); }
+    __device__ __forceinline__ static bool has(const ExactTokens& x, const Place& place, int lane) {
+        return place.tile * M + query(lane) < x.group * x.queries;
+    }
+    // A tile a warp. They are whole when all warps have been here and at `finish`
+    __device__ __forceinline__ void make(u8* to, const ExactTokens& x, const Walk* walk, const uint4* operands,
+                                         const u32* centers, float unscale, int warp, int lane) {
+        const int g = lane >> 2, c = lane & 3, columns = tiles_of(&walk->k4), all = columns + WHOLE_KEYS;
+        const float scale = has(x, *walk, lane) ? x.scale : 0.0f;
+        u32 b[KS][2];
+        float square = 0.0f;
+#pragma unroll
+        for (int k = 0; k < KS; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float2 y = wide(q[k][half]);
+                y.x *= scale, y.y *= scale;
+                square += y.x * y.x + y.y * y.y;
+                b[k][half] = half2_of(y.x, y.y);
+            }
+        const float mine = unit_of(sum_of_columns(square), about.x);
+        float inverse[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            inverse[i] = unscale / __shfl_sync(0xffffffffu, mine, min((2 * c & 3) + i, M - 1) * 4);
+        unit = __shfl_sync(0xffffffffu, mine, c * 4);
+        int z = 0;
+#pragma unroll 1
+        for (int u = warp; u < all; u += AT_ONCE * WARPS) {
+            if (u != warp) ask_tiles(walk->head, operands, centers, u, lane);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const int tile = u + i * WARPS;
+                float d[4] = {};
+#pragma unroll
+                for (int k = 0; k < KS; ++k) product(d, &a[i][k].x, b[k][0], b[k][1]);
+                if (tile < columns)
+                    store_queries(to + TERMS_BYTES + tile * Q_CHUNK, d, &z, middle[i], inverse, unscale,
+                                  WHOLE_KEYS ? g < 4 : c < 2, lane);
+                else if (tile < all)
+                    store_gain((float*)(to + Q_BYTES) + WARPS * 4, d, c < 2, lane);
+            }
+        }
+        z = sum_of_columns(z);
+        if (WHOLE_KEYS && c == 0 && g < 4) ((int*)(to + Q_BYTES))[warp * 4 + g] = z;
+    }
+    // the terms, by each warp: all write the same
+    __device__ __forceinline__ void finish(u8* to, int lane) const {
+        if (!WHOLE_KEYS) return;
+        if (lane < M) {
+            const int* sums = (const int*)(to + Q_BYTES) + lane;
+            int sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += sums[w * 4];
+            const float gain = ((const float*)(to + Q_BYTES))[WARPS * 4 + lane];
+            ((float2*)to)[lane] = make_float2(term_of(gain, sum, about.y, unit), unit);
+        }
+        __syncwarp();
+    }
+};
+#endif
+
 #if TOKEN
 // Brings the pages of WARPS / BRINGERS warps, and the queries for them. Barriers lie in those warps'
 // parts: of keys and of values that have come, and of those that have been used.
@@ -529,7 +613,7 @@ __device__ __forceinline__ void bring(Walk* walk, const Bringer& b, int lane) {
     float* units = b.plain + M * PLAIN;
     while (true) {
         int low, high;
-        pages_of(walk, b.costs, &low, &high);
+        pages_of(*walk, walk->begin, walk->end, b.costs, &low, &high);
         const Copies c = copies_of(walk, b.heads, b.sums_at, nullptr, nullptr, 0, lane);
         asm volatile("bar.sync 2, %0;" ::"n"(32 * BRINGERS) : "memory");  // nobody reads the queries before
         for (int n = b.which; n < M; n += BRINGERS) {
@@ -592,24 +676,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const State* raw_q, const State* keys, const State* values, const int* tokens,
     const int* query_tokens, int exact_tokens, int rows, int query_heads, int queries, int group, int tiles,
     double scale_, double cap_, float* sums, float* states, float* exact, float* exact_state,
-    int exact_splits, const u8* decoders, const u8* turns, const int* channels, const int* block,
-    const int* first_position, int sinks, double unscale, int exact_cost, int inverse, int warp_bytes,
+    int exact_splits,
+#if TOKEN
+    const u8* decoders, const u8* turns, const int* channels,
+#else
+    const uint4* operands, const u32* centers, const float2* about,
+#endif
+    const int* block, const int* first_position, int sinks, double unscale, int exact_cost, int inverse, int warp_bytes,
     int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
     float scale = (float)scale_, cap = (float)cap_;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (!capacity || TOKEN) wait_for_launch_before();  // no launch before has waited
-    if (lane < HEADS) asm volatile("prefetch.global.L1 [%0];" ::"l"(heads + lane * 16));
-    if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(slabs));
+    if (!capacity || TOKEN || (OWN && !MEAN)) wait_for_launch_before();  // no launch before has waited
+    const int here = pages_at(folded, lane, rows);  // it is on its way
     const u32 all_costs = costs[HEADS];
-    const Cut cut = cut_of(folded, rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
-                           gridDim.x, inverse);
-    u32 exact_from, exact_to;
-    const u32 begin = begin_of(cut, blockIdx.x, &exact_from), end = begin_of(cut, blockIdx.x + 1, &exact_to);
+    // by sectors of 32 bytes
+    for (int i = lane; i < 2 * HEADS; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(heads + i * 8));
+    for (int i = lane; i <= HEADS / 8; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(costs + i * 8));
+    if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(slabs));
 
     // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
     // columns of keys and then of values, sums (before them: queries and weights of exact float32 tokens)
-    u32 places = 0;  // that the program has begun
 #if TOKEN  // of all warps: turns and the head's tables; queries, walks and angles of those that bring pages
     const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, BARRIER_AT = PLAIN_AT + (M * PLAIN + 4) * 4;
     const int BRINGERS_AT = BARRIER_AT + 16, WARPS_AT = (BRINGERS_AT + BRINGERS * BRINGER_BYTES + 127) / 128 * 128;
@@ -618,12 +705,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const Decoder decoder{(const Part*)(shared + HEAD_AT), shared_address(shared + HEAD_AT + TOKEN * 128),
                           (const uint4*)shared};
 #else
-    const int WARPS_AT = PAGED ? 0 : (Q_BYTES + 127) / 128 * 128;
-    const u32 q_barrier = shared_address(shared + WARPS_AT) + 16;
-    if (!PAGED && threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(q_barrier));
+#if OWN
+    const int WARPS_AT = (OWN_BYTES + 127) / 128 * 128;
+#else
+    const int WARPS_AT = 0;
+#endif
 #endif
     const u32 ENDS = VC * 16 * 4 * 4;
-    u8* shared_q = shared;
 #if TOKEN
     const bool brings = warp >= WARPS;
     u8* mine = brings ? shared + BRINGERS_AT + (warp - WARPS) * BRINGER_BYTES : shared + WARPS_AT + warp * warp_bytes;
@@ -648,43 +736,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         asm volatile("fence.proxy.async.shared::cta;");
     }
     __syncwarp();
+    const Cut cut = cut_of(folded, here, rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
+                           gridDim.x, inverse);
+    u32 exact_from, exact_to;
+    const u32 begin = begin_of(cut, blockIdx.x, &exact_from), end = begin_of(cut, blockIdx.x + 1, &exact_to);
     Lane l;
     l.g = lane >> 2, l.c = lane & 3;
     l.first = 4 * (l.g >> 1) + (l.g & 1) + 2 * ((l.g >> 1) & 1);
     l.second = l.first ^ 2;
     const int query = min(l.c, M - 1);
 
-    // the row of the first page: rows before it, their cost, and its own pages
-    int row = 0, pages = 0;
-    u32 row_begin = 0;
     const bool any = begin < cut.total;
-    for (int base = 0; any; base += 32) {
-        int n = base + lane < rows ? folded[base + lane] : 0, sum = n;
-        for (int o = 1; o < 32; o <<= 1) {
-            int before = __shfl_up_sync(0xffffffffu, sum, o);
-            sum += lane >= o ? before : 0;
-        }
-        u32 here = (u32)__shfl_sync(0xffffffffu, sum, 31) * tiles * all_costs;
-        if (begin - row_begin < here) {
-            int k = __popc(__ballot_sync(0xffffffffu, sum * tiles * all_costs <= begin - row_begin));
-            row = base + k, pages = __shfl_sync(0xffffffffu, n, k);
-            row_begin += (__shfl_sync(0xffffffffu, sum, k) - pages) * tiles * all_costs;
-            break;
-        }
-        row_begin += here;
-    }
     Walk* walk = (Walk*)(mine + 32);
     {
-        u32 line_cost = pages * all_costs;
-        int tile = any ? (begin - row_begin) / line_cost : 0, head = 0;
-        u32 line_begin = row_begin + tile * line_cost;
-        for (int h = 1; h < HEADS; h += 32)
-            head += __popc(__ballot_sync(0xffffffffu, h + lane < HEADS && begin - line_begin >= costs[h + lane] * pages));
-        if (lane == 0) *walk = {begin, end, line_begin, line_cost, row, tile, head, pages, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+        const Place place = any ? place_of(begin, folded, here, costs, rows, tiles, all_costs, lane) : Place{};
+        if (lane == 0) *walk = {place, begin, end, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         __syncwarp();
     }
 
 #if TOKEN
+    u32 places = 0;  // that the program has begun
     auto load_head = [&] {
         if (threadIdx.x) return;
         const u32 to = shared_address(shared);
@@ -709,8 +780,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         return;
     }
     if (WARPS > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-#else
-    if (!PAGED) __syncthreads();  // the barrier is there
 #endif
 
     // exact tokens: by the last warps first, as the first ones have a page more; where keys are decoded
@@ -719,7 +788,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const u32 mine_from = WARPS - 1 - warp < BY ? exact_from + (WARPS - 1 - warp) : exact_to;
     const ExactTokens exact_of{raw_q, keys, values, tokens, query_tokens, exact, exact_state, exact_tokens,
                                exact_splits, tiles, query_heads, queries, group, scale, cap};
-    if (!LATE) attend_exact(exact_of, mine_from, exact_to, BY, sums_in, lane);
+    Exact asked;
+    if (!LATE) {
+        ask_exact(asked, exact_of, mine_from, exact_to, lane);
+        attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
+    }
 
     // where the warp is: its page, the next one's address, and those of more, one a lane, page p's in
     // lane p / WARPS % 32
@@ -750,9 +823,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         int number = table[(u64)walk->row * capacity + mine];
         held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
     };
+#if OWN
+    Own own;
+    auto make_queries = [&] {
+        if (any) own.make(shared, exact_of, walk, operands, centers, (float)unscale, warp, lane);
+    };
+#endif
     auto begin_place = [&] {
+#if OWN
+        own.ask(exact_of, *walk, operands, centers, about, warp, lane);
+#endif
         int low = 0;
-        if (any) pages_of(walk, costs, &low, &high);
+        if (any) pages_of(*walk, walk->begin, walk->end, costs, &low, &high);
         place = (walk->row * tiles + walk->tile) * HEADS + walk->head;
         c = copies_of(walk, heads, sums_at, q, means, (u64)place * capacity, lane);
         c.to += shared_address(mine);
@@ -767,11 +849,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         }
     };
     begin_place();
-    if (LATE) attend_exact(exact_of, mine_from, exact_to, BY, sums_in, lane);
+    if (LATE) ask_exact(asked, exact_of, mine_from, exact_to, lane);
+#if OWN
+    make_queries();
+    together();
+#endif
+    if (LATE) attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
     wait_for_launch_before();
     let_next_launch_begin();
     fetch_others();
     while (any) {
+#if TOKEN
+        wait(head_barrier, places++ & 1);
+#elif OWN
+        own.finish(shared, lane);
+#endif
         const bool apart = c.apart;
         const u8* values_in = mine + c.values_at;
         float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
@@ -779,24 +871,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             float2 x = ((const float2*)queries)[query];
             first_terms[0] = x.x, q_unit = x.y;
         };
-#if TOKEN
-        if (places) {
-            together();  // nobody reads the tables of the head before
-            load_head();
-        }
-        wait(head_barrier, places++ & 1);
-#else
-        if (!PAGED && threadIdx.x == 0) {
-            asm volatile("fence.proxy.async.shared::cta;");
-            expect(q_barrier, Q_BYTES);
-            copy(shared_address(shared_q), (u64)q + (u64)place * Q_BYTES, Q_BYTES, q_barrier);
-        }
-#endif
         for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
         __syncwarp();
-#if !TOKEN
-        if (!PAGED) wait(q_barrier, places++ & 1);
-#endif
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
         // products of keys take pages of four warps at once: all walk as many
@@ -809,7 +885,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             }
             float s[2][4][2] = {};
             if (page < high) wait(key_barrier, walk->done & 1);
-            const u8* queries_in = PAGED ? mine + QUERY_AT : shared_q;
+            const u8* queries_in = PAGED ? mine + QUERY_AT : shared;
             const u8* steps = mine + EXTRA_AT;
             const int k4 = walk->k4, k2 = walk->k2, k1 = walk->k1;
             const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
@@ -1070,6 +1146,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             }
         }
         if (last) break;
-        together();  // sums are read
+#if OWN
+        make_queries();
+#endif
+        together();  // queries are made; sums, and tables of the head before, are read
+#if TOKEN
+        load_head();
+#endif
     }
 }

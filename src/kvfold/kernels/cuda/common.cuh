@@ -63,6 +63,14 @@ __device__ __forceinline__ State narrow(float x) {
 }
 #endif
 
+#if DTYPE == 2
+typedef float2 Pair;
+__device__ __forceinline__ float2 wide(Pair x) { return x; }
+#else
+typedef u32 Pair;
+__device__ __forceinline__ float2 wide(Pair x) { return make_float2(wide((State)x), wide((State)(x >> 16))); }
+#endif
+
 // --- products, and copies to shared memory ---------------------------------------------------------
 
 __device__ __forceinline__ void product(float* d, const u32* a, u32 b0, u32 b1) {
@@ -118,10 +126,14 @@ struct Cut {
     u32 items, exact_cost;  // of an item of exact tokens
 };
 
-__device__ __forceinline__ Cut cut_of(const int* folded, int rows, int line_cost, u32 items, u32 exact_cost,
+// pages of a row, one a lane
+__device__ __forceinline__ int pages_at(const int* folded, int row, int rows) { return row < rows ? folded[row] : 0; }
+
+// here: `pages_at` of the first rows
+__device__ __forceinline__ Cut cut_of(const int* folded, int here, int rows, int line_cost, u32 items, u32 exact_cost,
                                       u32 programs, u32 inverse) {
-    u32 pages = 0;
-    for (int i = threadIdx.x & 31; i < rows; i += 32) pages += folded[i];
+    u32 pages = here;
+    for (int i = (threadIdx.x & 31) + 32; i < rows; i += 32) pages += folded[i];
     Cut cut{programs, inverse, __reduce_add_sync(0xffffffffu, pages) * line_cost, items, 0};
     cut.exact_cost = min(exact_cost, __umulhi(cut.total, inverse));  // no piece is shorter than nothing
     return cut;
@@ -134,4 +146,46 @@ __device__ __forceinline__ u32 begin_of(const Cut& cut, u32 program, u32* item) 
     // not below program / programs, so that a piece that begins with a place has none of the one before
     const u32 x = program * cut.inverse + program;
     return end ? cut.total : __umulhi(cut.total, x) + __umulhi(cut.exact_cost, (u32)share);
+}
+
+// where a piece begins: the row and tile of queries, its first page's cost and that of all of them, the head
+struct Place {
+    u32 line_begin, line_cost;
+    int row, tile, head, pages;
+};
+
+__device__ __forceinline__ Place place_of(u32 begin, const int* folded, int here, const int* costs, int rows,
+                                          int tiles, u32 all_costs, int lane) {
+    int row = 0, pages = 0;
+    u32 row_begin = 0;
+    for (int base = 0; base < rows; base += 32) {
+        int n = base ? pages_at(folded, base + lane, rows) : here, sum = n;
+        for (int o = 1; o < 32; o <<= 1) {
+            int before = __shfl_up_sync(0xffffffffu, sum, o);
+            sum += lane >= o ? before : 0;
+        }
+        u32 here = (u32)__shfl_sync(0xffffffffu, sum, 31) * tiles * all_costs;
+        if (begin - row_begin < here) {
+            int k = __popc(__ballot_sync(0xffffffffu, sum * tiles * all_costs <= begin - row_begin));
+            row = base + k, pages = __shfl_sync(0xffffffffu, n, k);
+            row_begin += (__shfl_sync(0xffffffffu, sum, k) - pages) * tiles * all_costs;
+            break;
+        }
+        row_begin += here;
+    }
+    const u32 line_cost = pages * all_costs;
+    const int tile = tiles > 1 && pages ? (begin - row_begin) / line_cost : 0;
+    Place place{row_begin + tile * line_cost, line_cost, row, tile, 0, pages};
+    for (int h = 1; h < HEADS; h += 32)
+        place.head += __popc(__ballot_sync(
+            0xffffffffu, h + lane < HEADS && begin - place.line_begin >= costs[h + lane] * pages));
+    return place;
+}
+// pages of the place that belong to a piece, from `low` on
+__device__ __forceinline__ void pages_of(const Place& place, u32 begin, u32 end, const int* costs, int* low,
+                                         int* high) {
+    const u32 first = place.line_begin + costs[place.head] * place.pages;
+    const u32 cost = costs[place.head + 1] - costs[place.head];
+    *low = begin > first ? (begin - first) / cost : 0;
+    *high = min((end - first) / cost, (u32)place.pages);
 }

@@ -68,7 +68,7 @@ def _work(
             costs,
             exact_splits,
             sms,
-            empty(places, pages if paged else 1, query_bytes // 2, dtype=half),
+            empty(places, pages if paged else 0, query_bytes // 2, dtype=half),
             empty(places, held if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(programs + places, m, layer.value.columns),
             empty(programs + places, 2 + 2 * groups, m),
@@ -100,9 +100,10 @@ def decode(
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
     scale = float(scaling) * LOG2E
-    if capacity and layer.decoder is None:
+    items = work.exact_splits, cuda.exact_cost(layer), work.programs, cuda.inverse(work.programs)
+    if capacity and cuda.prepares(layer):
         arguments = (
-            q, layer.table, layer.native.tables, layer.native.centers, layer.native.reach,
+            q, layer.table, layer.native.tables, layer.native.centers, layer.native.about,
             layer.rope if layer.rope is not None else none,
             located.block, located.folded, located.first, work.query, work.means,
             capacity, query_heads, queries, group, tiles, layer.sinks,
@@ -116,8 +117,8 @@ def decode(
         layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
         q, exact_keys, exact_values, tokens, query_tokens, exact, rows, query_heads, queries, group,
         tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
-        work.exact_state, work.exact_splits, *decoding(layer), located.block, located.first,
-        layer.sinks, 2.0**-layer.decoder.exponent if layer.decoder else 0.0,
+        work.exact_state, work.exact_splits, *tables(layer), located.block, located.first,
+        layer.sinks, 2.0 ** -(layer.decoder or key).exponent,
     )  # fmt: skip
     cuda.attend(
         layer, work.programs, arguments,
@@ -129,8 +130,7 @@ def decode(
         value.matrix, value.gain, value.center,
         offset if offset is not None else none, mean if mean is not None else none,
         sink_logits if sink_logits is not None else none, query_tokens, out,
-        rows, work.programs, cuda.inverse(work.programs), work.exact_splits,
-        cuda.exact_cost(layer), query_heads, queries, group, tiles,
+        rows, *items, query_heads, queries, group, tiles,
     )  # fmt: skip
     cuda.merge(
         layer, places, arguments, 2.0**-value.exponent,
@@ -139,7 +139,9 @@ def decode(
     return out
 
 
-def decoding(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of keys that were coded before RoPE, any tensors where there are none."""
-    by = layer.decoder
-    return (layer.table,) * 3 if by is None else (by.heads, by.turns, by.channels)
+def tables(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Those that `attend.cu` decodes keys with, or makes the columns' queries; else any."""
+    by, native = layer.decoder, layer.native
+    if by is not None:
+        return by.heads, by.turns, by.channels
+    return (layer.table,) * 3 if native.own is None else (native.own, native.centers, native.about)

@@ -16,6 +16,13 @@ struct ExactTokens {  // of all items
     float scale, cap;
 };
 
+// query n of a place
+__device__ __forceinline__ const State* query_at(const ExactTokens& x, int row, int head, int tile, int n) {
+    const int which = tile * M + n;
+    const int at = (row * x.query_heads + head * x.group + which / x.queries) * x.queries + which % x.queries;
+    return x.q + (u64)at * D_K;
+}
+
 struct ExactItem {
     int row, head, tile, first;
     u64 base;  // its row and head's first token
@@ -32,9 +39,7 @@ struct ExactItem {
         return n < M && tile * M + n < x.group * x.queries;
     }
     __device__ __forceinline__ const State* query(const ExactTokens& x, int n) const {
-        const int which = tile * M + n;
-        const int at = (row * x.query_heads + head * x.group + which / x.queries) * x.queries + which % x.queries;
-        return x.q + (u64)at * D_K;
+        return query_at(x, row, head, tile, n);
     }
     __device__ __forceinline__ int token(const ExactTokens& x, int t) const {
         return first + t < x.count ? x.tokens[row * x.count + first + t] : -1;
@@ -177,19 +182,26 @@ struct Exact {
     }
 };
 
-__device__ __forceinline__ void attend_exact(const ExactTokens& x, u32 from, u32 to, int by, float*, int lane) {
+__device__ __forceinline__ void ask_exact(Exact& exact, const ExactTokens& x, u32 from, u32 to, int lane) {
     if (from >= to) return;
-    Exact exact;
     const ExactItem item(x, from);
     exact.ask_keys(x, item, 0, lane);
     exact.ask_values(x, item, 0, lane);
     exact.ask_positions(x, item, lane);
+}
+// items of which the first has been asked for
+__device__ __forceinline__ void attend_exact(Exact& exact, const ExactTokens& x, u32 from, u32 to, int by, float*,
+                                             int lane) {
 #pragma unroll 1
     for (u32 i = from; i < to; i += by) exact.attend(x, i, i + by, i + by < to, lane);
 }
 #else
+struct Exact {};
+__device__ __forceinline__ void ask_exact(Exact&, const ExactTokens&, u32, u32, int) {}
+
 // two lanes a token for scores, then a lane has pairs of channels of all tokens
-__device__ __forceinline__ void attend_exact(const ExactTokens& x, u32 begin, u32 to, int by, float* scratch, int lane) {
+__device__ __forceinline__ void attend_exact(Exact&, const ExactTokens& x, u32 begin, u32 to, int by, float* scratch,
+                                             int lane) {
 #pragma unroll 1
     for (u32 number = begin; number < to; number += by) {
         const ExactItem item(x, number);

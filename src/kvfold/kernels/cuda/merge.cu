@@ -22,7 +22,7 @@
 // asked for before weights are known.
 template <int COLUMNS>
 struct Parts {
-    static const int CHUNKS = (COLUMNS + 127) / 128, AHEAD = PER > 1 ? 1 : 2;
+    static const int CHUNKS = (COLUMNS + 127) / 128, AHEAD = PER > 2 ? 1 : 2;
     const float *from, *states;
     int count, stride, state_stride, first, lane;
     float4 ahead[AHEAD][CHUNKS];
@@ -68,11 +68,11 @@ struct Parts {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
+extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
     const float* sums, const float* states, const float* exact, const float* exact_state,
     const int* folded, const int* costs, const u16* matrix, const float* gain, const float* center,
     const float* offset, const float* mean, const State* sink_logits, const int* query_tokens,
-    State* out, int rows, int programs, int inverse, int exact_splits, int exact_cost, int query_heads,
+    State* out, int rows, int exact_splits, int exact_cost, int programs, int inverse, int query_heads,
     int queries, int group, int tiles, double unscale_) {
     extern __shared__ __align__(128) float shared[];
     float* columns = shared;                  // [C][PER]
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 1 ? 2 : 1) merge(
 
     // the programs that had pages of this place
     const u32 all_costs = costs[HEADS];
-    const Cut cut = cut_of(folded, rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
+    const Cut cut = cut_of(folded, pages_at(folded, lane, rows), rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
                            programs, inverse);
     u32 before = 0;
     for (int i = lane; i < row; i += 32) before += folded[i];
