@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +101,8 @@ def test_all_warps_that_launches_count_on_have_registers(name, dim, tmp_path):
         jobs["prepare"] = cuda.prepare_macros(made, 4, 4, torch.bfloat16, 64)
     for kernel, macros in jobs.items():
         registers, loops = compiled(kernel, macros, tmp_path)
+        apart = [loop for loop in loops if not any("BAR.SYNC" in line for line in loop)]
+        loops = apart or loops  # warps meet where a head ends
         products = [sum("MMA" in line for line in loop) for loop in loops]
         inner = min(
             (x for x, n in zip(loops, products, strict=True) if n == max(products)), key=len
@@ -175,10 +178,27 @@ def test_programs_are_aligned_with_heads_where_few_are_lost(lines, programs):
     made = layer("kivi4-g64", 128)
     cut = cuda.shared(made, 4, 4)
     assert cut.programs == 2
-    assert cuda.cut_for(made, lines, 256, 13, cut, 132) == programs
+    assert cuda.cut_for(made, lines, 256, 13, cut, 132) == (programs, (32,) * 8)
 
 
 def test_programs_times_items_are_32_bits():
     made = layer("kivi4-g64", 128)
     cut = cuda.shared(made, 4, 4)
-    assert cuda.cut_for(made, 6000, 8, 400, cut, 132) * 6000 * made.heads * 400 < 2**32
+    programs, _ = cuda.cut_for(made, 6000, 8, 400, cut, 132)
+    assert programs * 6000 * made.heads * 400 < 2**32
+
+
+@pytest.mark.parametrize(("lines", "aligned"), [(1, True), (4, True), (8, False), (32, False)])
+def test_heads_have_whole_programs_where_many_are_a_line_s(lines, aligned):
+    """Of 396; pages of heads take 23 to 48."""
+    made = layer("fisher2", 128)
+    made.cost = (27, 31, 47, 24, 23, 26, 30, 48)
+    cut = replace(cuda.shared(made, 4, 4), warps=4, programs=3)
+    programs, costs = cuda.cut_for(made, lines, 256, 13, cut, 132)
+    assert programs == (lines * sum(costs) if aligned else 396)
+    assert (costs != made.cost) == aligned
+    assert programs >= 0.95 * 396
+    wanted = [c * sum(costs) / sum(made.cost) for c in made.cost]
+    assert all(abs(n / x - 1) < 0.07 for n, x in zip(costs, wanted, strict=True))
+    assert 2 * cuda.exact_cost(costs) <= sum(costs) / len(costs)
+    assert cuda.exact_cost(costs) < min(costs)

@@ -46,13 +46,12 @@ class Native:
     Args:
         tables: `operands` of the products of `prepare.cu`; None where no page has queries or scores
             of its own.
-        own: `own_operands` of the products of `attend.cu`; None where all pages' queries are others,
-            or keys are decoded.
+        own: `own_operands`, for queries that hold for all pages; None where they do not, or keys
+            are decoded.
         centers: int8 `[heads, columns]` twice the middle of each column's digits, negative: of each
             head's chunks of 16 columns side by side, zeros behind them.
         about: float32 `[heads, 2]` length of the longest column of the key matrix, and the sum of
             all centers.
-        equal_costs: int32 `[heads + 1]` `Layer.costs` where all pages take as long.
         kernels: by name and what else their constants depend on.
     """
 
@@ -60,7 +59,6 @@ class Native:
     own: Tensor | None
     centers: Tensor | None
     about: Tensor | None
-    equal_costs: Tensor
     kernels: dict[Any, Any]
 
 
@@ -72,9 +70,8 @@ def native(layer: Any) -> "Native | None":
     """
     if refuses(layer) is not None:
         return None
-    costs = torch.arange(layer.heads + 1, dtype=torch.int32, device=layer.table.device) * 32
     if layer.decoder is not None:
-        return Native(None, None, None, None, costs, {})
+        return Native(None, None, None, None, {})
     reach = layer.key.matrix.float().norm(dim=1).amax(-1) * 2.0**-layer.key.exponent
     centers = torch.zeros_like(layer.key.center, dtype=torch.int8)
     for h, slots in enumerate(slots_of(layer)):
@@ -82,7 +79,7 @@ def native(layer: Any) -> "Native | None":
     about = torch.stack([reach, centers.float().sum(1)], 1).contiguous()
     tables = operands(layer) if prepares(layer) else None
     own = None if layer.constants["PAGED"] else own_operands(layer)
-    return Native(tables, own, centers, about, costs, {})
+    return Native(tables, own, centers, about, {})
 
 
 def prepares(layer: Any) -> bool:
@@ -122,7 +119,7 @@ def rows_of(layer: Any) -> list[Tensor]:
 
 
 def own_operands(layer: Any) -> Tensor:
-    """Float16 `[heads, tiles, dim / 16, 32, 8]`: `rows_of` as `attend.cu` multiplies with them.
+    """Float16 `[heads, tiles, dim / 16, 32, 8]`: `rows_of` as `columns.cuh` multiplies with them.
 
     Each lane's eight numbers of a product lie together; of a tile of 16 rows, g and g + 8 are
     columns 4 (g / 2) + g % 2 and that + 2.
@@ -141,10 +138,12 @@ def operands(layer: Any) -> Tensor:
     """Float16 `[heads, groups, dim / 16, 8, 2, 8, 8]`: what queries are multiplied with.
 
     Tiles of 16 rows of each head: products with the mean for a page's tokens, where there is one;
-    `rows_of` where pages have queries of their own. Four tiles are a group. Rows g and g + 8 of a tile are its columns 4 (g / 2) + g % 2 and that + 2.
+    `rows_of` where pages have queries of their own. Four tiles are a group. Rows g and g + 8 of a
+    tile are its columns 4 (g / 2) + g % 2 and that + 2.
     """
     key, dim = layer.key, layer.key_dim
-    found = rows_of(layer) if layer.constants["PAGED"] else [key.matrix.new_empty(0, dim)] * layer.heads
+    paged, none = layer.constants["PAGED"], key.matrix.new_empty(0, dim)
+    found = rows_of(layer) if paged else [none] * layer.heads
     if layer.mean is not None:
         found = [torch.cat([layer.mean[h].half(), rows]) for h, rows in enumerate(found)]
     x = torch.zeros(len(found), 64 * groups(layer), dim, dtype=torch.float16)
@@ -264,7 +263,7 @@ def prepare_macros(
     return {
         "HEADS": layer.heads,
         "M": m,
-        "D": layer.key_dim,
+        "D_K": layer.key_dim,
         "K4": int(c["K4"]),
         "K2": int(c["K2"]),
         "K1": int(c["K1"]),
@@ -277,6 +276,7 @@ def prepare_macros(
         "MEAN": int(c["MEAN"]),
         "TURN": int(layer.rope is not None),
         "ROPE_D": 0 if layer.rope is None else layer.rope.shape[1],
+        "HALVES": int(layer.rope is not None and torch.equal(*layer.rope[0].chunk(2))),
     }
 
 
@@ -437,8 +437,14 @@ def compiled(name: str, found: tuple[tuple[str, int | str], ...], total: int, de
     return build.load(source(name), name, options(dict(found)), device, total)
 
 
-def cut_for(layer: Any, lines: int, capacity: int, exact_splits: int, cut: Shared, sms: int) -> int:
-    """Programs of `attend.cu`: those that a device has room for, fewer where pages are few.
+def cut_for(
+    layer: Any, lines: int, capacity: int, exact_splits: int, cut: Shared, sms: int
+) -> tuple[int, tuple[int, ...]]:
+    """Programs of `attend.cu`, and what a page of each head costs: pieces are equally expensive.
+
+    As many as a device has room for, fewer where pages are few. Where rows are equally long each
+    program has a part of one place, or some whole ones, if few are lost: one that goes on to
+    another place adds up sums twice, one after the other.
 
     Args:
         layer: `kvfold.kernels.triton.decode.Layer`.
@@ -448,22 +454,35 @@ def cut_for(layer: Any, lines: int, capacity: int, exact_splits: int, cut: Share
         cut: of its shared memory.
         sms: multiprocessors of the device.
     """
-    if lines * max(capacity, 1) * sum(layer.cost) >= 2**32:
-        raise ValueError(f"{lines} rows and tiles of {capacity} pages are more than a launch takes")
     places = lines * layer.heads
     programs = min(cut.programs * sms, places * exact_splits + -(-places * capacity // cut.warps))
     programs = min(programs, (2**32 - 1) // max(places * exact_splits, 1))  # times items: 32 bits
-    if not equal(layer, places * capacity, programs * cut.warps):
-        return programs
-    # each has a part of one place, or some whole ones, where rows are equally long; if few are lost
-    whole = -(-places // programs)
-    aligned = programs // places * places if whole == 1 else places // whole * (not places % whole)
-    return aligned if aligned >= 0.9 * programs else programs
+    costs = layer.cost
+    if len(set(costs)) == 1 or places * capacity <= programs * cut.warps:
+        costs = (32,) * layer.heads  # pages of all heads take as long: a warp has one at most
+        whole = -(-places // programs)
+        aligned = (
+            programs // places * places if whole == 1 else places // whole * (not places % whole)
+        )
+        programs = aligned if aligned >= 0.9 * programs else programs
+    else:
+        shares = shares_of(costs, programs // lines)
+        worst = max((c / n for c, n in zip(costs, shares, strict=False)), default=0.0)
+        if shares and worst * programs <= 1.06 * lines * sum(costs):
+            programs, costs = lines * sum(shares), shares
+    if lines * max(capacity, 1) * sum(costs) >= 2**32:
+        raise ValueError(f"{lines} rows and tiles of {capacity} pages are more than a launch takes")
+    return programs, costs
 
 
-def equal(layer: Any, pages: int, warps: int) -> bool:
-    """Whether pages of all heads take as long: so they do where a warp has one at most."""
-    return len(set(layer.cost)) == 1 or pages <= warps
+def shares_of(costs: Sequence[int], programs: int) -> tuple[int, ...]:
+    """Whole programs for each head, so that the largest cost of one is smallest; () if too few."""
+    if programs < len(costs):
+        return ()
+    shares = [1] * len(costs)
+    for _ in range(programs - len(costs)):
+        shares[max(range(len(costs)), key=lambda h: costs[h] / shares[h])] += 1
+    return tuple(shares)
 
 
 def prepare(
@@ -499,8 +518,8 @@ def prepare(
 
 
 def attend(
-    layer: Any, programs: int, arguments: Sequence[Any], *, m: int, mean_n: int, cap: bool,
-    dtype: torch.dtype, once: bool,
+    layer: Any, programs: int, exact_cost: int, arguments: Sequence[Any], *, m: int, mean_n: int,
+    cap: bool, dtype: torch.dtype, once: bool,
 ) -> None:  # fmt: skip
     """Launch `attend.cu` with the arguments that come before its cut."""
     key = ("attend", m, dtype, cap, once)
@@ -510,14 +529,14 @@ def attend(
         kernel = compiled("attend", found, cut.total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]
-    sizes = exact_cost(layer), inverse(programs), cut.warp, cut.sums_at
+    sizes = exact_cost, inverse(programs), cut.warp, cut.sums_at
     warps = cut.warps + (before_rope.BRINGERS if layer.decoder is not None else 0)
     kernel((programs, 1, 1), 32 * warps, [*arguments, *sizes], cut.total)
 
 
-def exact_cost(layer: Any) -> int:
-    """What an item of exact tokens costs, in the units of `Layer.cost`."""
-    return sum(layer.cost) // (2 * layer.heads)
+def exact_cost(costs: Sequence[int]) -> int:
+    """What an item of exact tokens costs, half of a page: no piece begins a page later for one."""
+    return min(sum(costs) // (2 * len(costs)), min(costs) - 1)
 
 
 def inverse(programs: int) -> int:

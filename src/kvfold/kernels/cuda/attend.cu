@@ -34,9 +34,11 @@
 #define STATE (2 + 2 * V_GROUPS)
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
-#define OWN (!PAGED && !TOKEN)  // queries of columns hold for all pages: they are made here
-// where registers are plenty, exact tokens come after the first pages are asked for
-#define LATE (WARPS * PROGRAMS <= 8 && !TOKEN)
+// queries of columns hold for all pages: they are made here, or come from the launch before if there is one
+#define OWN (!PAGED && !MEAN && !TOKEN)
+#define SENT (!PAGED && MEAN && !TOKEN)
+#define LATE (!TOKEN)  // exact tokens come after the first pages are asked for
+#define OWN_AT_ONCE (D_K > 128 || WARPS * PROGRAMS > 8 ? 1 : 2)
 
 #include "columns.cuh"
 
@@ -402,7 +404,7 @@ struct Walk : Place {
     u32 begin, end;
     int k4, k2, k1, v4, v2, v1;  // columns of the head
     u32 key_bytes, value_bytes;  // that copies bring
-    u32 done;                    // pages of the warp
+    u32 done, places;            // pages of the warp that it has been through, and places
 };
 
 // whether the program has no page of the next place
@@ -493,103 +495,6 @@ __device__ __forceinline__ Copies copies_of(Walk* walk, const int* heads, int su
     __syncwarp();
     return c;
 }
-
-#if OWN
-// --- queries of a place's columns ----------------------------------------------------------------
-
-#define KS (D_K / 16)
-#define OWN_TILES (KC + WHOLE_KEYS)  // of the head that has most, with the gain's
-#define OWN_BYTES (Q_BYTES + (WARPS + 1) * 16)
-
-struct Own {
-    static const int AT_ONCE = KS > 8 || !LATE ? 1 : 2;  // tiles
-    uint4 a[AT_ONCE][KS];
-    u32 middle[AT_ONCE];  // of a tile's columns' digits, twice, negative
-    Pair q[KS][2];
-    float2 about;  // the head's `reach`, and the sum of all middles
-    float unit;    // of query lane % 4
-
-    __device__ __forceinline__ void ask_tiles(int head, const uint4* operands, const u32* centers, int tile, int lane) {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int u = min(tile + i * WARPS, OWN_TILES - 1), place = head * OWN_TILES + u;
-#pragma unroll
-            for (int k = 0; k < KS; ++k) a[i][k] = operands[(place * KS + k) * 32 + lane];
-            middle[i] = centers[(head * KC + min(u, KC - 1)) * 4 + (lane & 3)];
-        }
-    }
-    // before pages are: they would have to wait
-    __device__ __forceinline__ void ask(const ExactTokens& x, const Place& place, const uint4* operands,
-                                        const u32* centers, const float2* heads, int warp, int lane) {
-        const State* from = query_at(x, place.row, place.head, place.tile, has(x, place, lane) ? query(lane) : 0);
-        about = heads[place.head];
-#pragma unroll
-        for (int k = 0; k < KS; ++k)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) q[k][half] = ((const Pair*)from)[8 * k + 4 * half + (lane & 3)];
-        ask_tiles(place.head, operands, centers, warp, lane);
-    }
-    __device__ __forceinline__ static int query(int lane) { return min(lane >> 2 & 3, M - 1); }
-    __device__ __forceinline__ static bool has(const ExactTokens& x, const Place& place, int lane) {
-        return place.tile * M + query(lane) < x.group * x.queries;
-    }
-    // A tile a warp. They are whole when all warps have been here and at `finish`
-    __device__ __forceinline__ void make(u8* to, const ExactTokens& x, const Walk* walk, const uint4* operands,
-                                         const u32* centers, float unscale, int warp, int lane) {
-        const int g = lane >> 2, c = lane & 3, columns = tiles_of(&walk->k4), all = columns + WHOLE_KEYS;
-        const float scale = has(x, *walk, lane) ? x.scale : 0.0f;
-        u32 b[KS][2];
-        float square = 0.0f;
-#pragma unroll
-        for (int k = 0; k < KS; ++k)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float2 y = wide(q[k][half]);
-                y.x *= scale, y.y *= scale;
-                square += y.x * y.x + y.y * y.y;
-                b[k][half] = half2_of(y.x, y.y);
-            }
-        const float mine = unit_of(sum_of_columns(square), about.x);
-        float inverse[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            inverse[i] = unscale / __shfl_sync(0xffffffffu, mine, min((2 * c & 3) + i, M - 1) * 4);
-        unit = __shfl_sync(0xffffffffu, mine, c * 4);
-        int z = 0;
-#pragma unroll 1
-        for (int u = warp; u < all; u += AT_ONCE * WARPS) {
-            if (u != warp) ask_tiles(walk->head, operands, centers, u, lane);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int tile = u + i * WARPS;
-                float d[4] = {};
-#pragma unroll
-                for (int k = 0; k < KS; ++k) product(d, &a[i][k].x, b[k][0], b[k][1]);
-                if (tile < columns)
-                    store_queries(to + TERMS_BYTES + tile * Q_CHUNK, d, &z, middle[i], inverse, unscale,
-                                  WHOLE_KEYS ? g < 4 : c < 2, lane);
-                else if (tile < all)
-                    store_gain((float*)(to + Q_BYTES) + WARPS * 4, d, c < 2, lane);
-            }
-        }
-        z = sum_of_columns(z);
-        if (WHOLE_KEYS && c == 0 && g < 4) ((int*)(to + Q_BYTES))[warp * 4 + g] = z;
-    }
-    // the terms, by each warp: all write the same
-    __device__ __forceinline__ void finish(u8* to, int lane) const {
-        if (!WHOLE_KEYS) return;
-        if (lane < M) {
-            const int* sums = (const int*)(to + Q_BYTES) + lane;
-            int sum = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum += sums[w * 4];
-            const float gain = ((const float*)(to + Q_BYTES))[WARPS * 4 + lane];
-            ((float2*)to)[lane] = make_float2(term_of(gain, sum, about.y, unit), unit);
-        }
-        __syncwarp();
-    }
-};
-#endif
 
 #if TOKEN
 // Brings the pages of WARPS / BRINGERS warps, and the queries for them. Barriers lie in those warps'
@@ -687,7 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     extern __shared__ __align__(128) u8 shared[];
     float scale = (float)scale_, cap = (float)cap_;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (!capacity || TOKEN || (OWN && !MEAN)) wait_for_launch_before();  // no launch before has waited
+    if (!capacity || TOKEN || OWN) wait_for_launch_before();  // no launch before has waited
     const int here = pages_at(folded, lane, rows);  // it is on its way
     const u32 all_costs = costs[HEADS];
     // by sectors of 32 bytes
@@ -705,12 +610,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const Decoder decoder{(const Part*)(shared + HEAD_AT), shared_address(shared + HEAD_AT + TOKEN * 128),
                           (const uint4*)shared};
 #else
-#if OWN
-    const int WARPS_AT = (OWN_BYTES + 127) / 128 * 128;
-#else
-    const int WARPS_AT = 0;
+    const int WARPS_AT = PAGED ? 0 : (OWN_BYTES + 127) / 128 * 128;
 #endif
+#if SENT
+    const u32 q_barrier = shared_address(shared + WARPS_AT) + 16;
+    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(q_barrier));
 #endif
+
     const u32 ENDS = VC * 16 * 4 * 4;
 #if TOKEN
     const bool brings = warp >= WARPS;
@@ -750,19 +656,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     Walk* walk = (Walk*)(mine + 32);
     {
         const Place place = any ? place_of(begin, folded, here, costs, rows, tiles, all_costs, lane) : Place{};
-        if (lane == 0) *walk = {place, begin, end, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+        if (lane == 0) *walk = {place, begin, end, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         __syncwarp();
     }
 
 #if TOKEN
-    u32 places = 0;  // that the program has begun
     auto load_head = [&] {
         if (threadIdx.x) return;
         const u32 to = shared_address(shared);
         asm volatile("fence.proxy.async.shared::cta;");
-        expect(head_barrier, HEAD_BYTES + (places ? 0 : TURNS_BYTES));
+        expect(head_barrier, HEAD_BYTES + (walk->places ? 0 : TURNS_BYTES));
         copy(to + HEAD_AT, (u64)decoders + (u64)walk->head * HEAD_BYTES, HEAD_BYTES, head_barrier);
-        if (!places) copy(to, (u64)turns, TURNS_BYTES, head_barrier);
+        if (!walk->places) copy(to, (u64)turns, TURNS_BYTES, head_barrier);
     };
     if (any) load_head();
     __syncthreads();  // the barriers are there
@@ -780,6 +685,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         return;
     }
     if (WARPS > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+#elif SENT
+    __syncthreads();  // the barrier is there
 #endif
 
     // exact tokens: by the last warps first, as the first ones have a page more; where keys are decoded
@@ -796,7 +703,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 
     // where the warp is: its page, the next one's address, and those of more, one a lane, page p's in
     // lane p / WARPS % 32
-    int high = 0, page = 0, place = 0;
+    int high = 0, page = 0;
     u64 next = 0, held = 0;
     Copies c{};
     auto fetch_values = [&](u64 address) {
@@ -823,24 +730,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         int number = table[(u64)walk->row * capacity + mine];
         held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
     };
+    auto place = [&] { return (walk->row * tiles + walk->tile) * HEADS + walk->head; };
 #if OWN
     Own own;
+    bool own_has;  // a query, of a lane
     auto make_queries = [&] {
-        if (any) own.make(shared, exact_of, walk, operands, centers, (float)unscale, warp, lane);
+        if (any)
+            own.make(shared, own_has ? scale : 0.0f, walk->head, tiles_of(&walk->k4), operands, centers,
+                     (float)unscale, warp, lane);
     };
 #endif
     auto begin_place = [&] {
 #if OWN
-        own.ask(exact_of, *walk, operands, centers, about, warp, lane);
+        own_has = own_query(lane) + walk->tile * M < group * queries;
+        own.ask(query_at(raw_q, *walk, own_has ? own_query(lane) : 0, query_heads, queries, group), walk->head, operands,
+                centers, about, warp, lane);
 #endif
         int low = 0;
         if (any) pages_of(*walk, walk->begin, walk->end, costs, &low, &high);
-        place = (walk->row * tiles + walk->tile) * HEADS + walk->head;
-        c = copies_of(walk, heads, sums_at, q, means, (u64)place * capacity, lane);
-        c.to += shared_address(mine);
         page = low + warp;
+        if (!TOKEN && page < high) hold(page);
+        c = copies_of(walk, heads, sums_at, q, means, (u64)place() * capacity, lane);
+        c.to += shared_address(mine);
         if (!TOKEN && page < high) {
-            hold(page);
             next = __shfl_sync(0xffffffffu, held, page / WARPS & 31);
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
@@ -849,9 +761,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         }
     };
     begin_place();
-    if (LATE) ask_exact(asked, exact_of, mine_from, exact_to, lane);
 #if OWN
     make_queries();
+#endif
+    if (LATE) ask_exact(asked, exact_of, mine_from, exact_to, lane);
+#if OWN
     together();
 #endif
     if (LATE) attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
@@ -860,9 +774,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     fetch_others();
     while (any) {
 #if TOKEN
-        wait(head_barrier, places++ & 1);
+        wait(head_barrier, walk->places & 1);
 #elif OWN
         own.finish(shared, lane);
+#elif SENT
+        if (threadIdx.x == 0) {
+            asm volatile("fence.proxy.async.shared::cta;");
+            expect(q_barrier, Q_BYTES);
+            copy(shared_address(shared), (u64)q + (u64)place() * Q_BYTES, Q_BYTES, q_barrier);
+        }
+        wait(q_barrier, walk->places & 1);
 #endif
         const bool apart = c.apart;
         const u8* values_in = mine + c.values_at;
@@ -873,6 +794,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         };
         for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
         __syncwarp();
+        if (lane == 0) ++walk->places;
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
         // products of keys take pages of four warps at once: all walk as many
@@ -1095,7 +1017,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             for (int k = 0; k < V_GROUPS; ++k)
                 if (V_OFFSET) ends[(2 + V_GROUPS + k) * 4 + l.c] = offset_sum[k];
         }
-        const u64 record = blockIdx.x + place;
+        const u64 record = blockIdx.x + place();
         const int v4 = walk->v4, v2 = walk->v2, v1 = walk->v1;
         const bool last = is_last(walk, costs);
         __syncwarp();  // all have read where it was

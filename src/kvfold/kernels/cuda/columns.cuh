@@ -75,3 +75,102 @@ __device__ __forceinline__ T sum_of_columns(T x) {
 __device__ __forceinline__ float term_of(float gain, int sum, float middles, float unit) {
     return gain + 0.5f * unit * (float)(sum - ((int)middles << 15));
 }
+
+// query n of a place's tile
+__device__ __forceinline__ const State* query_at(const State* q, const Place& place, int n, int query_heads,
+                                                 int queries, int group) {
+    const int which = place.tile * M + n;
+    const int at = (place.row * query_heads + place.head * group + which / queries) * queries + which % queries;
+    return q + (u64)at * D_K;
+}
+
+// --- those of all pages, by all warps of a program ------------------------------------------------
+
+#define KS (D_K / 16)  // steps of a product
+#define OWN_TILES (KC + WHOLE_KEYS)  // of the head that has most, with the gain's
+#define OWN_BYTES (Q_BYTES + (WARPS + 1) * 16)
+
+__device__ __forceinline__ int own_query(int lane) { return min(lane >> 2 & 3, M - 1); }  // a lane's
+
+struct Own {
+    uint4 a[OWN_AT_ONCE][KS];
+    u32 middle[OWN_AT_ONCE];  // of a tile's columns' digits, twice, negative
+    Pair q[KS][2];
+    float2 about;  // the head's `reach`, and the sum of all middles
+    float unit;    // of query lane % 4
+
+    __device__ __forceinline__ void ask_tiles(int head, const uint4* operands, const u32* centers, int tile, int lane) {
+#pragma unroll
+        for (int i = 0; i < OWN_AT_ONCE; ++i) {
+            const int u = min(tile + i * WARPS, OWN_TILES - 1), place = head * OWN_TILES + u;
+#pragma unroll
+            for (int k = 0; k < KS; ++k) a[i][k] = operands[(place * KS + k) * 32 + lane];
+            middle[i] = centers[(head * KC + min(u, KC - 1)) * 4 + (lane & 3)];
+        }
+    }
+    // from: the lane's query
+    __device__ __forceinline__ void ask(const State* from, int head, const uint4* operands, const u32* centers,
+                                        const float2* heads, int warp, int lane) {
+        about = heads[head];
+#pragma unroll
+        for (int k = 0; k < KS; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) q[k][half] = ((const Pair*)from)[8 * k + 4 * half + (lane & 3)];
+        ask_tiles(head, operands, centers, warp, lane);
+    }
+    // A tile a warp, of `columns`. They are whole when all warps have been here and at `finish`. scale: of
+    // the lane's query, 0 where there is none
+    __device__ __forceinline__ void make(u8* to, float scale, int head, int columns, const uint4* operands,
+                                         const u32* centers, float unscale, int warp, int lane) {
+        const int g = lane >> 2, c = lane & 3, all = columns + WHOLE_KEYS;
+        u32 b[KS][2];
+        float square = 0.0f;
+#pragma unroll
+        for (int k = 0; k < KS; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float2 y = wide(q[k][half]);
+                y.x *= scale, y.y *= scale;
+                square += y.x * y.x + y.y * y.y;
+                b[k][half] = half2_of(y.x, y.y);
+            }
+        const float mine = unit_of(sum_of_columns(square), about.x);
+        float inverse[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            inverse[i] = unscale / __shfl_sync(0xffffffffu, mine, min((2 * c & 3) + i, M - 1) * 4);
+        unit = __shfl_sync(0xffffffffu, mine, c * 4);
+        int z = 0;
+#pragma unroll 1
+        for (int u = warp; u < all; u += OWN_AT_ONCE * WARPS) {
+            if (u != warp) ask_tiles(head, operands, centers, u, lane);
+#pragma unroll
+            for (int i = 0; i < OWN_AT_ONCE; ++i) {
+                const int tile = u + i * WARPS;
+                float d[4] = {};
+#pragma unroll
+                for (int k = 0; k < KS; ++k) product(d, &a[i][k].x, b[k][0], b[k][1]);
+                if (tile < columns)
+                    store_queries(to + TERMS_BYTES + tile * Q_CHUNK, d, &z, middle[i], inverse, unscale,
+                                  WHOLE_KEYS ? g < 4 : c < 2, lane);
+                else if (tile < all)
+                    store_gain((float*)(to + Q_BYTES) + WARPS * 4, d, c < 2, lane);
+            }
+        }
+        z = sum_of_columns(z);
+        if (WHOLE_KEYS && c == 0 && g < 4) ((int*)(to + Q_BYTES))[warp * 4 + g] = z;
+    }
+    // the terms, by each warp: all write the same
+    __device__ __forceinline__ void finish(u8* to, int lane) const {
+        if (!WHOLE_KEYS) return;
+        if (lane < M) {
+            const int* sums = (const int*)(to + Q_BYTES) + lane;
+            int sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += sums[w * 4];
+            const float gain = ((const float*)(to + Q_BYTES))[WARPS * 4 + lane];
+            ((float2*)to)[lane] = make_float2(term_of(gain, sum, about.y, unit), unit);
+        }
+        __syncwarp();
+    }
+};

@@ -6,6 +6,7 @@ pages of a place (`common.cuh` says which).
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Work:
     """Device memory of the launches, shared by all layers that need the same."""
 
     programs: int  #: of `attend.cu`
-    costs: Tensor  #: int32 `[heads + 1]`: `Layer.costs`, or equal ones
+    costs: Tensor  #: int32 `[heads + 1]` what pages of all heads before cost
+    exact_cost: int  #: of an item of exact tokens
     exact_splits: int
     sms: int  #: multiprocessors
     query: Tensor  #: `[places, pages or 1, ...]` 16-bit words
@@ -52,9 +54,10 @@ def _work(
         return _WORK[key]
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     exact_splits, places = -(-exact // cuda.EXACT_TOKENS), rows * tiles * layer.heads
-    programs = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
-    equal = cuda.equal(layer, places * held, programs * cut.warps)
-    costs = layer.native.equal_costs if equal else layer.costs
+    programs, costs = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
+    before = torch.tensor([0, *accumulate(costs)], dtype=torch.int32)
+    if device.type == "cuda":  # nothing waits
+        before = before.pin_memory().to(device, non_blocking=True)
     pages, groups = max(held, 1), int(c["V_GROUPS"])
     paged = bool(c["PAGED"])
 
@@ -65,10 +68,11 @@ def _work(
     with torch.inference_mode(False):
         _WORK[key] = Work(
             programs,
-            costs,
+            before,
+            cuda.exact_cost(costs),
             exact_splits,
             sms,
-            empty(places, pages if paged else 0, query_bytes // 2, dtype=half),
+            empty(places, pages if paged else int(c["MEAN"]), query_bytes // 2, dtype=half),
             empty(places, held if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(programs + places, m, layer.value.columns),
             empty(programs + places, 2 + 2 * groups, m),
@@ -100,10 +104,10 @@ def decode(
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
     scale = float(scaling) * LOG2E
-    items = work.exact_splits, cuda.exact_cost(layer), work.programs, cuda.inverse(work.programs)
+    items = work.exact_splits, work.exact_cost, work.programs, cuda.inverse(work.programs)
     if capacity and cuda.prepares(layer):
         arguments = (
-            q, layer.table, layer.native.tables, layer.native.centers, layer.native.about,
+            q, layer.table, layer.native.tables, *tables(layer),
             layer.rope if layer.rope is not None else none,
             located.block, located.folded, located.first, work.query, work.means,
             capacity, query_heads, queries, group, tiles, layer.sinks,
@@ -121,7 +125,7 @@ def decode(
         layer.sinks, 2.0 ** -(layer.decoder or key).exponent,
     )  # fmt: skip
     cuda.attend(
-        layer, work.programs, arguments,
+        layer, work.programs, work.exact_cost, arguments,
         m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype, once=tiles == 1,
     )  # fmt: skip
     offset, mean = value.operand.offset, value.operand.mean
@@ -140,8 +144,9 @@ def decode(
 
 
 def tables(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Those that `attend.cu` decodes keys with, or makes the columns' queries; else any."""
+    """Those that keys are decoded with, or that columns' queries are made with."""
     by, native = layer.decoder, layer.native
     if by is not None:
         return by.heads, by.turns, by.channels
-    return (layer.table,) * 3 if native.own is None else (native.own, native.centers, native.about)
+    own = layer.table if native.own is None else native.own  # any, where it is not read
+    return own, native.centers, native.about

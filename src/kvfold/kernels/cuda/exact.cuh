@@ -16,36 +16,30 @@ struct ExactTokens {  // of all items
     float scale, cap;
 };
 
-// query n of a place
-__device__ __forceinline__ const State* query_at(const ExactTokens& x, int row, int head, int tile, int n) {
-    const int which = tile * M + n;
-    const int at = (row * x.query_heads + head * x.group + which / x.queries) * x.queries + which % x.queries;
-    return x.q + (u64)at * D_K;
-}
-
 struct ExactItem {
-    int row, head, tile, first;
+    Place place;
+    int first;
     u64 base;  // its row and head's first token
 
     __device__ __forceinline__ ExactItem(const ExactTokens& x, u32 item) {
         const int split = item % x.splits, where = item / x.splits, line = where / HEADS;
-        row = line / x.tiles, tile = line % x.tiles, head = where % HEADS, first = split * EXACT;
-        base = (u64)(row * HEADS + head) * x.count;
+        place.row = line / x.tiles, place.tile = line % x.tiles, place.head = where % HEADS, first = split * EXACT;
+        base = (u64)(place.row * HEADS + place.head) * x.count;
     }
     __device__ __forceinline__ u64 slot(const ExactTokens& x, int t) const {
         return base + min(first + t, x.count - 1);  // of those behind the last, any
     }
     __device__ __forceinline__ bool has(const ExactTokens& x, int n) const {
-        return n < M && tile * M + n < x.group * x.queries;
+        return n < M && place.tile * M + n < x.group * x.queries;
     }
     __device__ __forceinline__ const State* query(const ExactTokens& x, int n) const {
-        return query_at(x, row, head, tile, n);
+        return query_at(x.q, place, n, x.query_heads, x.queries, x.group);
     }
     __device__ __forceinline__ int token(const ExactTokens& x, int t) const {
-        return first + t < x.count ? x.tokens[row * x.count + first + t] : -1;
+        return first + t < x.count ? x.tokens[place.row * x.count + first + t] : -1;
     }
     __device__ __forceinline__ int asker(const ExactTokens& x, int n) const {
-        return has(x, n) ? x.query_tokens[row * x.queries + (tile * M + n) % x.queries] : -1;
+        return has(x, n) ? x.query_tokens[place.row * x.queries + (place.tile * M + n) % x.queries] : -1;
     }
 };
 

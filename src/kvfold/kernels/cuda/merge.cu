@@ -22,7 +22,7 @@
 // asked for before weights are known.
 template <int COLUMNS>
 struct Parts {
-    static const int CHUNKS = (COLUMNS + 127) / 128, AHEAD = PER > 2 ? 1 : 2;
+    static const int CHUNKS = (COLUMNS + 127) / 128, AHEAD = PER > 2 ? 1 : PER > 1 ? 2 : 3;
     const float *from, *states;
     int count, stride, state_stride, first, lane;
     float4 ahead[AHEAD][CHUNKS];

@@ -1,10 +1,14 @@
 #include "common.cuh"
+
+#define WARPS 16
+#define OWN_AT_ONCE 1
 #include "columns.cuh"
 
-// Queries made ready for each page, for sm_90: the launch before attention.
+// Queries made ready for pages, for sm_90: the launch before attention.
 //
 // A program takes one row and KV head and a run of pages. The head's tables (R_i mu of a page's tokens;
-// PAGED: the key matrix by columns, the gain term) lie in shared memory, 16 rows a tile. The queries turned
+// PAGED: the key matrix by columns, the gain term) lie in shared memory, 16 rows a tile. Not PAGED: one of
+// them makes the queries of columns for all pages. The queries turned
 // back to the starts of PASS pages are columns of the other operand of their products: four warps take four
 // tiles and 32 pages at a time, with wgmma where there is one; where programs are few, others than those of
 // columns have the mean's.
@@ -12,19 +16,17 @@
 // Operands of products lie as wgmma wants them, [step of 16 channels][8 rows][2][8][8 channels]: see
 // __init__.py, `operands`.
 //
-// Constants come as macros, see __init__.py: HEADS, M, D, K4, K2, K1 (slots of 16 columns of a section),
+// Constants come as macros, see __init__.py: HEADS, M, D_K, K4, K2, K1 (slots of 16 columns of a section),
 // GROUPS (of four tiles, of all heads' most), PASS, MEAN_N, DTYPE, WHOLE_KEYS, PAGED, MEAN, TURN, ROPE_D (row
-// length of `rope`).
+// length of `rope`), HALVES (channels that are D_K / 2 apart turn by the same angle).
 
-#define WARPS 16
-#define KS (D / 16)
 #define MEANS (MEAN ? BLOCK / 16 : 0)  // tiles
 #define GROUP_BYTES (KS * 2048)
 #define STEP_BYTES (PASS * 128)  // of the turned queries
 #define PAIRS 16       // of pages, that four warps take at once
 #define SHARERS (PASS > 32 ? 2 : 4)  // fours of warps that share 32 pages
 #define SUMS (SHARERS * 4 * PASS * 4)
-#define PAD (D + 8)    // rows of queries lie in different banks
+#define PAD (D_K + 8)    // rows of queries lie in different banks
 
 // four blocks of 8 x 8 numbers, whose rows lanes point at
 __device__ __forceinline__ void load_blocks(u32* x, u32 at) {
@@ -80,7 +82,8 @@ __device__ __forceinline__ void multiply(float (*d)[4], u32 group, u32 queries, 
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
-    const State* q, const int* heads, const u8* tables, const u32* centers, const float2* about, const float* rope,
+    const State* q, const int* heads, const u8* tables, const uint4* operands, const u32* centers,
+    const float2* about, const float* rope,
     const int* block, const int* folded, const int* first, u8* out, u8* means,
     int capacity, int query_heads, int queries, int group, int tiles, int sinks, int run_pages, double scale_,
     double unscale_) {
@@ -116,22 +119,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
         copy(tables_in + skipped * GROUP_BYTES,
              (u64)(tables + ((u64)head * GROUPS + skipped) * GROUP_BYTES), bytes, barrier);
     }
+#if !PAGED
+    Own own;
+    const Place at{0, 0, row, tile, head, pages};
+    const bool once = blockIdx.y == 0, has = own_query(lane) + tile * M < group * queries;
+    if (once)
+        own.ask(query_at(q, at, has ? own_query(lane) : 0, query_heads, queries, group), head, operands, centers, about,
+                warp, lane);
+#endif
     for (int i = thread; PAGED && i < KC * 4; i += 32 * WARPS) center[i] = centers[head * KC * 4 + i];
-    for (int i = thread; i < M * D; i += 32 * WARPS) {
-        int n = i / D, d = i % D, which = tile * M + n;
+    for (int i = thread; i < M * D_K; i += 32 * WARPS) {
+        int n = i / D_K, d = i % D_K, which = tile * M + n;
         float x = 0.0f, y = 0.0f;
         if (which < group * queries) {
             const State* at = q + ((u64)((row * query_heads + head * group + which / queries) * queries +
-                                         which % queries)) * D;
+                                         which % queries)) * D_K;
             x = wide(at[d]) * scale;
             if (TURN) y = wide(at[(int)rope[2 * ROPE_D + d]]) * scale * rope[ROPE_D + d];
         }
         plain[n * PAD + d] = x, mates[n * PAD + d] = y;
     }
+#if !PAGED
+    if (once) own.make((u8*)sums, has ? scale : 0.0f, head, columns, operands, centers, unscale, warp, lane);
+#endif
     __syncthreads();
+#if !PAGED
+    if (once && warp == 0) {
+        own.finish((u8*)sums, lane);
+        for (int i = lane; i < Q_BYTES / 16; i += 32) ((uint4*)(out + (u64)place * Q_BYTES))[i] = ((const uint4*)sums)[i];
+    }
+#endif
     if (PAGED && warp < M) {
         float x = 0.0f;
-        for (int d = lane; d < D; d += 32) x += plain[warp * PAD + d] * plain[warp * PAD + d];
+        for (int d = lane; d < D_K; d += 32) x += plain[warp * PAD + d] * plain[warp * PAD + d];
         for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
         if (lane == 0) units[warp] = unit_of(x, about[head].x);
     }
@@ -143,19 +163,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     const u64 page0 = (u64)place * capacity;
     const int start = first[row] + sinks, mine = warp & 3;  // a tile of each group
     const int part = warp / 4 / SHARERS, share = warp / 4 % SHARERS;  // 32 of the pages, of their groups
+    const int mine_at = thread % PASS, STRIDE = 32 * WARPS / PASS;  // a thread's page, and threads of one
+    auto block_at = [&](int base) { return TURN && base + mine_at < to ? block[row * capacity + base + mine_at] : 0; };
+    int next_block = block_at(from);
     for (int base = from; base < to; base += PASS) {
+        const float position = (float)(start + next_block * BLOCK);
+        next_block = block_at(base + PASS);
         __syncthreads();  // nobody reads what was turned before
-        for (int i = thread; i < PASS * (D / 8); i += 32 * WARPS) {
-            const int at = i % PASS, d = i / PASS * 8;
-            if (base + at >= to) continue;
-            const float position = TURN ? (float)(start + block[row * capacity + base + at] * BLOCK) : 0.0f;
-            float2 turn[8];
+        float2 turn[8];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) turn[j] = turn_of(TURN ? position * rope[d + j] : 0.0f);
-            u8* to_ = turned + d / 16 * STEP_BYTES + (at >> 1) * 256 + (d & 8) * 16 + (at & 1) * 64;
+        for (int k = 0; k * 32 * WARPS < PASS * (D_K / 8); ++k) {
+            const int d = (thread / PASS + k * STRIDE) * 8;
+            if (base + mine_at >= to || d >= D_K) continue;
+            if (k == 0 || !(HALVES && STRIDE * 16 == D_K)) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) turn[j] = turn_of(TURN ? position * rope[d + j] : 0.0f);
+            }
+            u8* to_ = turned + d / 16 * STEP_BYTES + (mine_at >> 1) * 256 + (d & 8) * 16 + (mine_at & 1) * 64;
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int n = (r + (at >> 1)) & 3;  // lanes write to different banks
+                const int n = (r + (mine_at >> 1)) & 3;  // lanes write to different banks
                 const float *x = plain + min(n, M - 1) * PAD + d, *y = mates + min(n, M - 1) * PAD + d;
                 u32 made[4];
 #pragma unroll
@@ -214,11 +241,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
             if (c == 0) mine_[2 * h * 4 + g] = x;
         }
         __syncthreads();
-        const int at = base + thread / 4, n = thread & 3;
-        if (thread < 4 * PASS && at < to && n < M) {
+        const int which = base + thread / 4, n = thread & 3;
+        if (thread < 4 * PASS && which < to && n < M) {
             int sum = 0;
             for (int w = 0; w < SHARERS * 4; ++w) sum += sums[w * PASS * 4 + thread];
-            ((float2*)(out + (page0 + at) * Q_BYTES))[n] =
+            ((float2*)(out + (page0 + which) * Q_BYTES))[n] =
                 make_float2(term_of(gains[thread], sum, about[head].y, units[n]), units[n]);
         }
     }

@@ -162,7 +162,6 @@ class Layer:
     constants: dict[str, object]  #: compile-time arguments of the decode kernel
     store: "weakref.ref[LayerStore]"
     cost: tuple[int, ...] = ()  #: how long a page of each head takes, relative to the others
-    costs: Tensor | None = None  #: int32 [heads + 1] their sums up to each head
     native: cuda.Native | None = None  #: tables of the CUDA kernels; None where Triton's are used
     decoder: before_rope.Decoder | None = None  #: tables of keys that were coded before RoPE
 
@@ -275,8 +274,6 @@ def _lower(store: LayerStore) -> Layer:
     columns = [150.0 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
     columns = columns if layer.native is None else cuda.columns(layer)
     layer.cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
-    costs = torch.tensor([0, *layer.cost], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    layer.costs = costs.to(device)
     if layer.native is None and decoder is not None:
         raise NotLoweredError(cuda.refuses(layer) or "keys coded before RoPE are decoded on sm_90")
     if layer.native is None and v.chunks[2] and block == 128 and not interpreted():
