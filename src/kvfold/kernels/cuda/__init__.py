@@ -27,6 +27,8 @@ WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (8, 4)
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
 OVER = 0.72
+#: what it takes to begin at a row and head, in pages of each warp
+START = 0.7
 #: what a page takes besides its columns, in columns
 OF_PAGE = 358
 #: exact tokens of an item of work, which takes half as long as a page of a head.
@@ -439,10 +441,10 @@ def compiled(name: str, found: tuple[tuple[str, int | str], ...], total: int, de
 
 def cut_for(
     layer: Any, lines: int, capacity: int, exact_splits: int, cut: Shared, sms: int
-) -> tuple[int, tuple[int, ...]]:
-    """Programs of `attend.cu`, and what a page of each head costs: pieces are equally expensive.
+) -> tuple[int, tuple[int, ...], int]:
+    """Programs of `attend.cu`; what a page of each head costs, and to begin at a row and head.
 
-    As many as a device has room for, fewer where pages are few. Where rows are equally long each
+    Programs get pieces that are equally expensive. As many as a device has room for, fewer where pages are few. Where rows are equally long each
     program has a part of one place, or some whole ones, if few are lost: one that goes on to
     another place adds up sums twice, one after the other.
 
@@ -457,22 +459,23 @@ def cut_for(
     places = lines * layer.heads
     programs = min(cut.programs * sms, places * exact_splits + -(-places * capacity // cut.warps))
     programs = min(programs, (2**32 - 1) // max(places * exact_splits, 1))  # times items: 32 bits
-    costs = layer.cost
+    costs, start = layer.cost, round(START * cut.warps * sum(layer.cost) / layer.heads)
     if len(set(costs)) == 1 or places * capacity <= programs * cut.warps:
         costs = (32,) * layer.heads  # pages of all heads take as long: a warp has one at most
         whole = -(-places // programs)
         aligned = (
             programs // places * places if whole == 1 else places // whole * (not places % whole)
         )
-        programs = aligned if aligned >= 0.9 * programs else programs
+        if aligned >= 0.9 * programs:
+            programs, start = aligned, 0
     else:
         shares = shares_of(costs, programs // lines)
         worst = max((c / n for c, n in zip(costs, shares, strict=False)), default=0.0)
         if shares and worst * programs <= 1.06 * lines * sum(costs):
-            programs, costs = lines * sum(shares), shares
-    if lines * max(capacity, 1) * sum(costs) >= 2**32:
+            programs, costs, start = lines * sum(shares), shares, 0
+    if lines * (max(capacity, 1) * sum(costs) + layer.heads * start) >= 2**32:
         raise ValueError(f"{lines} rows and tiles of {capacity} pages are more than a launch takes")
-    return programs, costs
+    return programs, costs, start
 
 
 def shares_of(costs: Sequence[int], programs: int) -> tuple[int, ...]:
@@ -518,8 +521,8 @@ def prepare(
 
 
 def attend(
-    layer: Any, programs: int, exact_cost: int, arguments: Sequence[Any], *, m: int, mean_n: int,
-    cap: bool, dtype: torch.dtype, once: bool,
+    layer: Any, programs: int, arguments: Sequence[Any], *, m: int, mean_n: int, cap: bool,
+    dtype: torch.dtype, once: bool,
 ) -> None:  # fmt: skip
     """Launch `attend.cu` with the arguments that come before its cut."""
     key = ("attend", m, dtype, cap, once)
@@ -529,7 +532,7 @@ def attend(
         kernel = compiled("attend", found, cut.total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]
-    sizes = exact_cost, inverse(programs), cut.warp, cut.sums_at
+    sizes = inverse(programs), cut.warp, cut.sums_at
     warps = cut.warps + (before_rope.BRINGERS if layer.decoder is not None else 0)
     kernel((programs, 1, 1), 32 * warps, [*arguments, *sizes], cut.total)
 

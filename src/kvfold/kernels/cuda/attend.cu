@@ -408,12 +408,12 @@ struct Walk : Place {
 };
 
 // whether the program has no page of the next place
-__device__ __forceinline__ bool is_last(const Walk* walk, const int* costs) {
-    const int head = walk->head, next = head + 1 < HEADS ? head + 1 : 0;
-    return walk->end < walk->line_begin + costs[head + 1] * walk->pages + costs[next + 1] - costs[next];
+__device__ __forceinline__ bool is_last(const Walk* walk, const Costs& costs) {
+    const int next = walk->head + 1;
+    return walk->end < walk->line_begin + costs.begin(next, walk->pages) + costs.start + costs.page(next < HEADS ? next : 0);
 }
 // on to the next place, of which there is one
-__device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, u32 all_costs, int lane) {
+__device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, const Costs& costs, int lane) {
     if (lane == 0) {
         Walk w = *walk;
         if (++w.head == HEADS) {
@@ -422,7 +422,7 @@ __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, 
                 w.tile = 0;
                 do w.pages = folded[++w.row];
                 while (!w.pages);
-                w.line_cost = w.pages * all_costs;
+                w.line_cost = costs.line(w.pages);
             }
         }
         *walk = w;
@@ -500,11 +500,11 @@ __device__ __forceinline__ Copies copies_of(Walk* walk, const int* heads, int su
 // Brings the pages of WARPS / BRINGERS warps, and the queries for them. Barriers lie in those warps'
 // parts: of keys and of values that have come, and of those that have been used.
 struct Bringer {
-    const int *heads, *costs, *folded, *table, *block, *first_position, *channels;
+    const int *heads, *folded, *table, *block, *first_position, *channels;
     const u64* slabs;
     const State* q;
     int capacity, slab_pages, page_bytes, sinks, tiles, query_heads, queries, group, sums_at, warp_bytes, which;
-    u32 all_costs;
+    Costs costs;
     float scale, unscale;
     u8* warps;         // their parts
     float* plain;      // [M][PLAIN]
@@ -570,13 +570,13 @@ __device__ __forceinline__ void bring(Walk* walk, const Bringer& b, int lane) {
                 }
         }
         if (is_last(walk, b.costs)) return;
-        go_on(walk, b.folded, b.tiles, b.all_costs, lane);
+        go_on(walk, b.folded, b.tiles, b.costs, lane);
     }
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
-    const int* heads, const int* costs, const int* folded, const int* table, const u64* slabs, int capacity,
+    const int* heads, const int* costs_, const int* folded, const int* table, const u64* slabs, int capacity,
     int slab_pages, int page_bytes, const u8* q, const u8* means,
     const State* raw_q, const State* keys, const State* values, const int* tokens,
     const int* query_tokens, int exact_tokens, int rows, int query_heads, int queries, int group, int tiles,
@@ -587,17 +587,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #else
     const uint4* operands, const u32* centers, const float2* about,
 #endif
-    const int* block, const int* first_position, int sinks, double unscale, int exact_cost, int inverse, int warp_bytes,
+    const int* block, const int* first_position, int sinks, double unscale, int start_cost, int exact_cost, int inverse, int warp_bytes,
     int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
     float scale = (float)scale_, cap = (float)cap_;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     if (!capacity || TOKEN || OWN) wait_for_launch_before();  // no launch before has waited
     const int here = pages_at(folded, lane, rows);  // it is on its way
-    const u32 all_costs = costs[HEADS];
+    const Costs costs{costs_, (u32)costs_[HEADS], (u32)start_cost};
     // by sectors of 32 bytes
     for (int i = lane; i < 2 * HEADS; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(heads + i * 8));
-    for (int i = lane; i <= HEADS / 8; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(costs + i * 8));
+    for (int i = lane; i <= HEADS / 8; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(costs_ + i * 8));
     if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(slabs));
 
     // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
@@ -642,7 +642,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         asm volatile("fence.proxy.async.shared::cta;");
     }
     __syncwarp();
-    const Cut cut = cut_of(folded, here, rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
+    const Cut cut = cut_of(folded, here, rows, tiles, costs, rows * tiles * HEADS * exact_splits, exact_cost,
                            gridDim.x, inverse);
     u32 exact_from, exact_to;
     const u32 begin = begin_of(cut, blockIdx.x, &exact_from), end = begin_of(cut, blockIdx.x + 1, &exact_to);
@@ -655,7 +655,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const bool any = begin < cut.total;
     Walk* walk = (Walk*)(mine + 32);
     {
-        const Place place = any ? place_of(begin, folded, here, costs, rows, tiles, all_costs, lane) : Place{};
+        const Place place = any ? place_of(begin, folded, here, costs, rows, tiles, lane) : Place{};
         if (lane == 0) *walk = {place, begin, end, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         __syncwarp();
     }
@@ -676,8 +676,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         if (any) {
             wait(head_barrier, 0);  // the frequencies are
             const Bringer bringer{
-                heads, costs, folded, table, block, first_position, channels, slabs, raw_q, capacity, slab_pages,
-                page_bytes, sinks, tiles, query_heads, queries, group, sums_at, warp_bytes, warp - WARPS, all_costs,
+                heads, folded, table, block, first_position, channels, slabs, raw_q, capacity, slab_pages,
+                page_bytes, sinks, tiles, query_heads, queries, group, sums_at, warp_bytes, warp - WARPS, costs,
                 scale, (float)unscale, shared + WARPS_AT, (float*)(shared + PLAIN_AT), (float2*)(mine + 128),
                 (const float*)(shared + D_K * 256)};
             bring(walk, bringer, lane);
@@ -1022,7 +1022,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         const bool last = is_last(walk, costs);
         __syncwarp();  // all have read where it was
         if (!last) {  // the next place's first pages come while this one's sums are added up
-            go_on(walk, folded, tiles, all_costs, lane);
+            go_on(walk, folded, tiles, costs, lane);
             begin_place();
             fetch_others();
         }

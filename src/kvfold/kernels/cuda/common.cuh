@@ -114,15 +114,25 @@ __device__ __forceinline__ void let_next_launch_begin() {
 
 // --- which pages are whose ------------------------------------------------------------------------
 //
-// The pages of all lines (a row and tile of queries) and heads are laid end to end, each as long as
-// `costs` says, and every program takes the next piece, all of them equally long. Items of exact tokens
-// go round in the same way; a program with one more of them gets shorter pages, by `exact_cost` at
-// most. Program b and the place p (line and head) that it works at meet in record b + p: there are
-// `programs` + places of them, as both only grow.
+// The places (a row, tile of queries and head) are laid end to end, each as long as what it takes to begin
+// and its pages, and every program takes the next piece, all of them equally long: one that goes on to
+// another place has fewer pages. Items of exact tokens go round in the same way; a program with one more of
+// them gets a shorter piece, by `exact_cost` at most. Program b and the place p that it works at meet in
+// record b + p: there are `programs` + places of them, as both only grow.
+
+struct Costs {
+    const int* heads;  // of a page of all heads before
+    u32 all, start;    // of a page of all heads; of beginning at a place
+
+    __device__ __forceinline__ u32 line(int pages) const { return pages ? pages * all + HEADS * start : 0; }
+    __device__ __forceinline__ u32 page(int head) const { return heads[head + 1] - heads[head]; }
+    // where a head of a line begins
+    __device__ __forceinline__ u32 begin(int head, int pages) const { return heads[head] * pages + head * start; }
+};
 
 struct Cut {
     u32 programs, inverse;  // 2^32 / programs
-    u32 total;              // cost of all pages
+    u32 total;              // cost of all places
     u32 items, exact_cost;  // of an item of exact tokens
 };
 
@@ -130,11 +140,11 @@ struct Cut {
 __device__ __forceinline__ int pages_at(const int* folded, int row, int rows) { return row < rows ? folded[row] : 0; }
 
 // here: `pages_at` of the first rows
-__device__ __forceinline__ Cut cut_of(const int* folded, int here, int rows, int line_cost, u32 items, u32 exact_cost,
-                                      u32 programs, u32 inverse) {
-    u32 pages = here;
-    for (int i = (threadIdx.x & 31) + 32; i < rows; i += 32) pages += folded[i];
-    Cut cut{programs, inverse, __reduce_add_sync(0xffffffffu, pages) * line_cost, items, 0};
+__device__ __forceinline__ Cut cut_of(const int* folded, int here, int rows, int tiles, const Costs& costs, u32 items,
+                                      u32 exact_cost, u32 programs, u32 inverse) {
+    u32 lines = costs.line(here);
+    for (int i = (threadIdx.x & 31) + 32; i < rows; i += 32) lines += costs.line(folded[i]);
+    Cut cut{programs, inverse, __reduce_add_sync(0xffffffffu, lines) * tiles, items, 0};
     cut.exact_cost = min(exact_cost, __umulhi(cut.total, inverse));  // no piece is shorter than nothing
     return cut;
 }
@@ -148,44 +158,47 @@ __device__ __forceinline__ u32 begin_of(const Cut& cut, u32 program, u32* item) 
     return end ? cut.total : __umulhi(cut.total, x) + __umulhi(cut.exact_cost, (u32)share);
 }
 
-// where a piece begins: the row and tile of queries, its first page's cost and that of all of them, the head
+// where a piece begins: the row and tile of queries, the begin of that line and its cost, the head
 struct Place {
     u32 line_begin, line_cost;
     int row, tile, head, pages;
 };
 
-__device__ __forceinline__ Place place_of(u32 begin, const int* folded, int here, const int* costs, int rows,
-                                          int tiles, u32 all_costs, int lane) {
-    int row = 0, pages = 0;
-    u32 row_begin = 0;
+__device__ __forceinline__ Place place_of(u32 begin, const int* folded, int here, const Costs& costs, int rows,
+                                          int tiles, int lane) {
+    Place place{};
     for (int base = 0; base < rows; base += 32) {
-        int n = base ? pages_at(folded, base + lane, rows) : here, sum = n;
+        const int n = base ? pages_at(folded, base + lane, rows) : here;
+        const u32 mine = costs.line(n) * tiles;
+        u32 sum = mine;
         for (int o = 1; o < 32; o <<= 1) {
-            int before = __shfl_up_sync(0xffffffffu, sum, o);
+            u32 before = __shfl_up_sync(0xffffffffu, sum, o);
             sum += lane >= o ? before : 0;
         }
-        u32 here = (u32)__shfl_sync(0xffffffffu, sum, 31) * tiles * all_costs;
-        if (begin - row_begin < here) {
-            int k = __popc(__ballot_sync(0xffffffffu, sum * tiles * all_costs <= begin - row_begin));
-            row = base + k, pages = __shfl_sync(0xffffffffu, n, k);
-            row_begin += (__shfl_sync(0xffffffffu, sum, k) - pages) * tiles * all_costs;
+        const u32 all = __shfl_sync(0xffffffffu, sum, 31), rest = begin - place.line_begin;
+        if (rest < all) {
+            const int k = __popc(__ballot_sync(0xffffffffu, sum <= rest));
+            place.row = base + k, place.pages = __shfl_sync(0xffffffffu, n, k);
+            place.line_begin += __shfl_sync(0xffffffffu, sum - mine, k);
             break;
         }
-        row_begin += here;
+        place.line_begin += all;
     }
-    const u32 line_cost = pages * all_costs;
-    const int tile = tiles > 1 && pages ? (begin - row_begin) / line_cost : 0;
-    Place place{row_begin + tile * line_cost, line_cost, row, tile, 0, pages};
+    place.line_cost = costs.line(place.pages);
+    if (tiles > 1 && place.pages) {
+        place.tile = (begin - place.line_begin) / place.line_cost;
+        place.line_begin += place.tile * place.line_cost;
+    }
     for (int h = 1; h < HEADS; h += 32)
-        place.head += __popc(__ballot_sync(
-            0xffffffffu, h + lane < HEADS && begin - place.line_begin >= costs[h + lane] * pages));
+        place.head += __popc(__ballot_sync(0xffffffffu, h + lane < HEADS && begin - place.line_begin >=
+                                                            costs.begin(h + lane, place.pages)));
     return place;
 }
 // pages of the place that belong to a piece, from `low` on
-__device__ __forceinline__ void pages_of(const Place& place, u32 begin, u32 end, const int* costs, int* low,
+__device__ __forceinline__ void pages_of(const Place& place, u32 begin, u32 end, const Costs& costs, int* low,
                                          int* high) {
-    const u32 first = place.line_begin + costs[place.head] * place.pages;
-    const u32 cost = costs[place.head + 1] - costs[place.head];
+    const u32 first = place.line_begin + costs.begin(place.head, place.pages) + costs.start;
+    const u32 cost = costs.page(place.head);
     *low = begin > first ? (begin - first) / cost : 0;
-    *high = min((end - first) / cost, (u32)place.pages);
+    *high = end > first ? min((end - first) / cost, (u32)place.pages) : 0;
 }

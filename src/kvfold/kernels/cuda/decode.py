@@ -25,6 +25,7 @@ class Work:
 
     programs: int  #: of `attend.cu`
     costs: Tensor  #: int32 `[heads + 1]` what pages of all heads before cost
+    start_cost: int  #: to begin at a row and head
     exact_cost: int  #: of an item of exact tokens
     exact_splits: int
     sms: int  #: multiprocessors
@@ -54,7 +55,7 @@ def _work(
         return _WORK[key]
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     exact_splits, places = -(-exact // cuda.EXACT_TOKENS), rows * tiles * layer.heads
-    programs, costs = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
+    programs, costs, start = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
     before = torch.tensor([0, *accumulate(costs)], dtype=torch.int32)
     if device.type == "cuda":  # nothing waits
         before = before.pin_memory().to(device, non_blocking=True)
@@ -69,6 +70,7 @@ def _work(
         _WORK[key] = Work(
             programs,
             before,
+            start,
             cuda.exact_cost(costs),
             exact_splits,
             sms,
@@ -104,7 +106,7 @@ def decode(
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
     scale = float(scaling) * LOG2E
-    items = work.exact_splits, work.exact_cost, work.programs, cuda.inverse(work.programs)
+    items = work.exact_splits, work.start_cost, work.exact_cost, work.programs, cuda.inverse(work.programs)
     if capacity and cuda.prepares(layer):
         arguments = (
             q, layer.table, layer.native.tables, *tables(layer),
@@ -123,9 +125,10 @@ def decode(
         tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
         work.exact_state, work.exact_splits, *tables(layer), located.block, located.first,
         layer.sinks, 2.0 ** -(layer.decoder or key).exponent,
+        work.start_cost, work.exact_cost,
     )  # fmt: skip
     cuda.attend(
-        layer, work.programs, work.exact_cost, arguments,
+        layer, work.programs, arguments,
         m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype, once=tiles == 1,
     )  # fmt: skip
     offset, mean = value.operand.offset, value.operand.mean

@@ -70,9 +70,9 @@ struct Parts {
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
     const float* sums, const float* states, const float* exact, const float* exact_state,
-    const int* folded, const int* costs, const u16* matrix, const float* gain, const float* center,
+    const int* folded, const int* costs_, const u16* matrix, const float* gain, const float* center,
     const float* offset, const float* mean, const State* sink_logits, const int* query_tokens,
-    State* out, int rows, int exact_splits, int exact_cost, int programs, int inverse, int query_heads,
+    State* out, int rows, int exact_splits, int start_cost, int exact_cost, int programs, int inverse, int query_heads,
     int queries, int group, int tiles, double unscale_) {
     extern __shared__ __align__(128) float shared[];
     float* columns = shared;                  // [C][PER]
@@ -92,14 +92,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
     }
 
     // the programs that had pages of this place
-    const u32 all_costs = costs[HEADS];
-    const Cut cut = cut_of(folded, pages_at(folded, lane, rows), rows, tiles * all_costs, rows * tiles * HEADS * exact_splits, exact_cost,
-                           programs, inverse);
+    const Costs costs{costs_, (u32)costs_[HEADS], (u32)start_cost};
+    const Cut cut = cut_of(folded, pages_at(folded, lane, rows), rows, tiles, costs, rows * tiles * HEADS * exact_splits,
+                           exact_cost, programs, inverse);
     u32 before = 0;
-    for (int i = lane; i < row; i += 32) before += folded[i];
-    before = __reduce_add_sync(0xffffffffu, before) * tiles * all_costs + folded[row] * tile * all_costs;
-    const u32 begin = before + folded[row] * costs[head], end = before + folded[row] * costs[head + 1];
-    const u32 second = begin + costs[head + 1] - costs[head];  // page
+    for (int i = lane; i < row; i += 32) before += costs.line(folded[i]);
+    before = __reduce_add_sync(0xffffffffu, before) * tiles + costs.line(folded[row]) * tile;
+    const u32 begin = before + costs.begin(head, folded[row]), end = before + costs.begin(head + 1, folded[row]);
+    const u32 second = begin + costs.start + costs.page(head);  // page
     int from = 0, last = 0;  // of all programs that begin before it and before the end, the last ones
     for (int step = 1024; step; step >>= 5) {
         u32 item;
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
         from += (__popc(__ballot_sync(0xffffffffu, a < programs && begin_of(cut, a, &item) < second)) - 1) * step;
         last += (__popc(__ballot_sync(0xffffffffu, b < programs && begin_of(cut, b, &item) < end)) - 1) * step;
     }
-    const int parts = begin < end ? last - from + 1 : 0;
+    const int parts = folded[row] ? last - from + 1 : 0;
     states += (u64)(from + place) * (STATE * M), sums += (u64)(from + place) * (M * C);
     wait_for_launch_before();
 
