@@ -28,7 +28,7 @@ BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
 OVER = 0.72
 #: what it takes to begin at a row and head, in pages of each warp
-START = 0.7
+START = 0.9
 #: what a page takes besides its columns, in columns
 OF_PAGE = 358
 #: exact tokens of an item of work, which takes half as long as a page of a head.
@@ -101,6 +101,16 @@ def slots_of(layer: Any) -> list[list[int]]:
             first += most
         found.append(slots)
     return found
+
+
+def sends(layer: Any, places: int, sms: int) -> bool:
+    """Whether queries that hold for all pages come from the launch before attention.
+
+    Each program makes them where there are many rows: programs of another launch would keep those
+    of attention from beginning.
+    """
+    c = layer.constants
+    return layer.decoder is None and not c["PAGED"] and bool(c["MEAN"] or places <= sms // 8)
 
 
 def rows_of(layer: Any) -> list[Tensor]:
@@ -214,8 +224,9 @@ def refuses(layer: Any) -> str | None:
 
 
 def macros(
-    layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype, once: bool = True
-) -> dict[str, int | str]:
+    layer: Any, m: int, mean_n: int, cap: bool, dtype: torch.dtype, once: bool = True,
+    sent: bool = False,
+) -> dict[str, int | str]:  # fmt: skip
     """The constants that `attend.cu` is compiled with.
 
     Args:
@@ -225,6 +236,7 @@ def macros(
         cap: whether scores are soft-capped.
         dtype: of the exact states and of the queries.
         once: whether one program alone reads a page of a head: there are no more than `m` queries.
+        sent: whether queries that hold for all pages come from the launch before.
     """
     c, cut = layer.constants, shared(layer, m, mean_n)
     names = ("HEADS", "D_K", "D_V", "K4", "K2", "K1", "V4", "V2", "V1", "K_GAIN", "V_GAIN")
@@ -232,6 +244,7 @@ def macros(
     for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
         found[name] = int(c[name])
     found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype], "ONCE": int(once)}
+    found["SENT"] = int(sent)
     found |= {
         "ZERO_AT": zero_at(layer),
         "EXACT": EXACT_TOKENS,
@@ -282,6 +295,13 @@ def prepare_macros(
     }
 
 
+def send_macros(layer: Any, m: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """The constants that `send.cu` is compiled with."""
+    found: dict[str, int | str] = {name: int(layer.constants[name]) for name in ("K4", "K2", "K1")}
+    found |= {"HEADS": layer.heads, "M": m, "D_K": layer.key_dim, "DTYPE": DTYPES[dtype]}
+    return found | {"WHOLE_KEYS": int(whole_keys(layer))}
+
+
 def merge_macros(
     layer: Any, m: int, per: int, sink_logits: bool, dtype: torch.dtype
 ) -> dict[str, int | str]:
@@ -316,7 +336,7 @@ def merge_bytes(layer: Any, per: int) -> tuple[int, bool]:
 
 
 def source(name: str) -> str:
-    """The CUDA C++ of a kernel, `attend`, `merge` or `prepare`, with what it includes."""
+    """The CUDA C++ of a kernel, `attend`, `merge`, `prepare` or `send`, with what it includes."""
     text = (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
     return re.sub(r'#include "(.*)"', lambda found: (FOLDER / found[1]).read_text("utf-8"), text)
 
@@ -520,15 +540,28 @@ def prepare(
     kernel(grid, 32 * PREPARE_WARPS, [*arguments, run, *factors], total)
 
 
+def send(
+    layer: Any, places: int, arguments: Sequence[Any], factors: Sequence[float], *, m: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Launch `send.cu` for `places` rows and heads; factors on queries, and on products."""
+    key = ("send", m, dtype)
+    if key not in layer.native.kernels:
+        found = tuple(send_macros(layer, m, dtype).items())
+        layer.native.kernels[key] = compiled("send", found, 0, layer.table.device.index or 0)
+    kernel = layer.native.kernels[key]
+    kernel((places, 1, 1), 32 * PREPARE_WARPS, [*arguments, *factors], 0)
+
+
 def attend(
     layer: Any, programs: int, arguments: Sequence[Any], *, m: int, mean_n: int, cap: bool,
-    dtype: torch.dtype, once: bool,
+    dtype: torch.dtype, once: bool, sent: bool,
 ) -> None:  # fmt: skip
     """Launch `attend.cu` with the arguments that come before its cut."""
-    key = ("attend", m, dtype, cap, once)
+    key = ("attend", m, dtype, cap, once, sent)
     if key not in layer.native.kernels:
         cut = shared(layer, m, mean_n)
-        found = tuple(macros(layer, m, mean_n, cap, dtype, once).items())
+        found = tuple(macros(layer, m, mean_n, cap, dtype, once, sent).items())
         kernel = compiled("attend", found, cut.total, layer.table.device.index or 0)
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]

@@ -26,7 +26,9 @@
 // banks and the weights, transposed by movmatrix, are those of tokens 4c..4c+3.
 //
 // Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
-// ONCE (no other program reads its pages), D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE
+// ONCE (no other program reads its pages), SENT (queries
+// of columns hold for all pages, and come from the launch before), D_K, D_V, K4.. (slots of 16 columns of a
+// section), K_WHOLE
 // (sections are multiples of 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte
 // of keys' zero points), TOKEN (keys were coded before RoPE: before_rope.cuh), and flags.
 
@@ -34,9 +36,7 @@
 #define STATE (2 + 2 * V_GROUPS)
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
-// queries of columns hold for all pages: they are made here, or come from the launch before if there is one
-#define OWN (!PAGED && !MEAN && !TOKEN)
-#define SENT (!PAGED && MEAN && !TOKEN)
+#define OWN (!PAGED && !SENT && !TOKEN)  // queries of columns hold for all pages, and are made here
 #define LATE (!TOKEN)  // exact tokens come after the first pages are asked for
 #define OWN_AT_ONCE (D_K > 128 || WARPS * PROGRAMS > 8 ? 1 : 2)
 
@@ -725,9 +725,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         if (!TOKEN && page < high && c.key_bytes && c.other)
             copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
     };
-    auto hold = [&](int page) {
+    auto numbers_from = [&](int page) {
         int mine = min(page + WARPS * max(lane - (page / WARPS & 31), 0), high - 1);
-        int number = table[(u64)walk->row * capacity + mine];
+        return table[(u64)walk->row * capacity + mine];
+    };
+    auto hold = [&](int number) {
         held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
     };
     auto place = [&] { return (walk->row * tiles + walk->tile) * HEADS + walk->head; };
@@ -741,18 +743,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     };
 #endif
     auto begin_place = [&] {
+        int low = 0;
+        if (any) pages_of(*walk, walk->begin, walk->end, costs, &low, &high);
+        page = low + warp;
+        const bool there = !TOKEN && page < high;
+        const int number = there ? numbers_from(page) : 0;  // used when it has come
 #if OWN
         own_has = own_query(lane) + walk->tile * M < group * queries;
         own.ask(query_at(raw_q, *walk, own_has ? own_query(lane) : 0, query_heads, queries, group), walk->head, operands,
                 centers, about, warp, lane);
 #endif
-        int low = 0;
-        if (any) pages_of(*walk, walk->begin, walk->end, costs, &low, &high);
-        page = low + warp;
-        if (!TOKEN && page < high) hold(page);
         c = copies_of(walk, heads, sums_at, q, means, (u64)place() * capacity, lane);
         c.to += shared_address(mine);
-        if (!TOKEN && page < high) {
+        if (there) {
+            hold(number);
             next = __shfl_sync(0xffffffffu, held, page / WARPS & 31);
             if (lane == 0) expect(key_barrier, walk->key_bytes);
             __syncwarp();
@@ -769,6 +773,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     together();
 #endif
     if (LATE) attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
+    auto no_sums = [&] {
+        for (int i = lane; i < VC * 16; i += 32) ((float4*)sums_in)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        __syncwarp();
+    };
+    no_sums();
     wait_for_launch_before();
     let_next_launch_begin();
     fetch_others();
@@ -792,8 +801,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             float2 x = ((const float2*)queries)[query];
             first_terms[0] = x.x, q_unit = x.y;
         };
-        for (int i = lane; i < VC * 16 * 4; i += 32) sums_in[i] = 0.0f;
-        __syncwarp();
         if (lane == 0) ++walk->places;
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
@@ -802,7 +809,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             const u64 address = next;
             if (!TOKEN && page + WARPS < high) {
                 const int at = (page + WARPS) / WARPS & 31;
-                if (!at) hold(page + WARPS);
+                if (!at) hold(numbers_from(page + WARPS));
                 next = __shfl_sync(0xffffffffu, held, at);
             }
             float s[2][4][2] = {};
@@ -1072,6 +1079,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         make_queries();
 #endif
         together();  // queries are made; sums, and tables of the head before, are read
+        no_sums();
 #if TOKEN
         load_head();
 #endif

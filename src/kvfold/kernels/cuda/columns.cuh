@@ -1,5 +1,5 @@
 // Queries of columns, as pages' digits are multiplied with them: `prepare.cu` makes those of each page,
-// `attend.cu` those that hold for all.
+// `attend.cu`, `send.cu` or, where the mean has scores for each page, `prepare.cu` those that hold for all.
 //
 // WHOLE_KEYS: 16-bit fixed point; the unit follows from norms, which turning keeps. A tile of 16 columns is
 // [query][quarter of the columns][two bytes][4 columns]; before the tiles come what is added to each query's
@@ -159,6 +159,11 @@ struct Own {
         }
         z = sum_of_columns(z);
         if (WHOLE_KEYS && c == 0 && g < 4) ((int*)(to + Q_BYTES))[warp * 4 + g] = z;
+    }
+    // by one warp, which copies what has been made
+    __device__ __forceinline__ void finish(u8* made, uint4* to, int lane) const {
+        finish(made, lane);
+        for (int i = lane; i < Q_BYTES / 16; i += 32) to[i] = ((const uint4*)made)[i];
     }
     // the terms, by each warp: all write the same
     __device__ __forceinline__ void finish(u8* to, int lane) const {

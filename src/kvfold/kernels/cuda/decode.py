@@ -29,6 +29,7 @@ class Work:
     exact_cost: int  #: of an item of exact tokens
     exact_splits: int
     sms: int  #: multiprocessors
+    sent: bool  #: whether queries that hold for all pages are there
     query: Tensor  #: `[places, pages or 1, ...]` 16-bit words
     means: Tensor
     sums: Tensor  #: `[programs + places, m, columns]`
@@ -55,6 +56,7 @@ def _work(
         return _WORK[key]
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     exact_splits, places = -(-exact // cuda.EXACT_TOKENS), rows * tiles * layer.heads
+    sent = held > 0 and cuda.sends(layer, places, sms)
     programs, costs, start = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
     before = torch.tensor([0, *accumulate(costs)], dtype=torch.int32)
     if device.type == "cuda":  # nothing waits
@@ -74,7 +76,8 @@ def _work(
             cuda.exact_cost(costs),
             exact_splits,
             sms,
-            empty(places, pages if paged else int(c["MEAN"]), query_bytes // 2, dtype=half),
+            sent,
+            empty(places, pages if paged else int(sent), query_bytes // 2, dtype=half),
             empty(places, held if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(programs + places, m, layer.value.columns),
             empty(programs + places, 2 + 2 * groups, m),
@@ -106,7 +109,13 @@ def decode(
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
     scale = float(scaling) * LOG2E
-    items = work.exact_splits, work.start_cost, work.exact_cost, work.programs, cuda.inverse(work.programs)
+    items = (
+        work.exact_splits,
+        work.start_cost,
+        work.exact_cost,
+        work.programs,
+        cuda.inverse(work.programs),
+    )
     if capacity and cuda.prepares(layer):
         arguments = (
             q, layer.table, layer.native.tables, *tables(layer),
@@ -118,6 +127,10 @@ def decode(
             layer, places, capacity, work.sms, arguments, (scale, 2.0**-key.exponent),
             m=m, mean_n=mean_n, dtype=q.dtype,
         )  # fmt: skip
+    elif work.sent:
+        arguments = q, layer.table, *tables(layer), work.query, query_heads, queries, group, tiles
+        factors = scale, 2.0**-key.exponent
+        cuda.send(layer, places, arguments, factors, m=m, dtype=q.dtype)
     arguments = (
         layer.table, work.costs, located.folded, located.table, layer.pool.addresses, capacity,
         layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
@@ -130,6 +143,7 @@ def decode(
     cuda.attend(
         layer, work.programs, arguments,
         m=m, mean_n=mean_n, cap=softcap is not None, dtype=q.dtype, once=tiles == 1,
+        sent=work.sent,
     )  # fmt: skip
     offset, mean = value.operand.offset, value.operand.mean
     arguments = (

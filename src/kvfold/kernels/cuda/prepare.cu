@@ -101,15 +101,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     let_next_launch_begin();
     int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, g = lane >> 2, c = lane & 3;
     int place = blockIdx.x, head = place % HEADS, tile = place / HEADS % tiles, row = place / (HEADS * tiles);
-    int pages = folded[row], from = blockIdx.y * run_pages, to = min(from + run_pages, pages);
-    if (from >= pages) return;
+    int from = blockIdx.y * run_pages;
     float scale = (float)scale_, unscale = (float)unscale_;
 
+    // what is read first is asked for at once
+    const int pages = folded[row], start = first[row] + sinks;
+    const int mine_at = thread % PASS, STRIDE = 32 * WARPS / PASS;  // a thread's page, and threads of one
+    auto block_at = [&](int base) { return TURN && base + mine_at < capacity ? block[row * capacity + base + mine_at] : 0; };
+    int next_block = block_at(from);
+    const int EACH = (M * D_K + 32 * WARPS - 1) / (32 * WARPS);  // channels of queries of a thread
+    float x[EACH], sign[EACH];
+    int partner[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        const int i = thread + k * 32 * WARPS, n = min(i / D_K, M - 1), d = i % D_K;
+        const bool has = tile * M + n < group * queries;
+        const float y = wide(query_at(q, {0, 0, row, tile, head, 0}, has ? n : 0, query_heads, queries, group)[d]) * scale;
+        x[k] = has ? y : 0.0f;
+        sign[k] = TURN ? rope[ROPE_D + d] : 0.0f, partner[k] = TURN ? (int)rope[2 * ROPE_D + d] : 0;
+    }
+
     // the head's tiles: of the mean, of the columns that it has, of the gain
-    const int* counts = heads + head * 16 + 6;
-    const int columns = tiles_of(counts);
+    const int columns = tiles_of(heads + head * 16 + 6);
     const bool apart = gridDim.z > 1, means_only = apart && blockIdx.z;
     const int all = PAGED && !means_only ? MEANS + columns + 1 : MEANS, skipped = apart && !means_only ? MEANS / 4 : 0;
+    const int to = min(from + run_pages, pages);
+    if (from >= to) return;
     const u32 barrier = shared_address(shared + BARRIER_AT);
     const u32 tables_in = shared_address(shared), turned_in = shared_address(turned);
     if (thread == 0) {
@@ -121,33 +138,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     }
 #if !PAGED
     Own own;
-    const Place at{0, 0, row, tile, head, pages};
     const bool once = blockIdx.y == 0, has = own_query(lane) + tile * M < group * queries;
     if (once)
-        own.ask(query_at(q, at, has ? own_query(lane) : 0, query_heads, queries, group), head, operands, centers, about,
+        own.ask(query_at(q, {0, 0, row, tile, head, 0}, has ? own_query(lane) : 0, query_heads, queries, group), head, operands, centers, about,
                 warp, lane);
 #endif
     for (int i = thread; PAGED && i < KC * 4; i += 32 * WARPS) center[i] = centers[head * KC * 4 + i];
-    for (int i = thread; i < M * D_K; i += 32 * WARPS) {
-        int n = i / D_K, d = i % D_K, which = tile * M + n;
-        float x = 0.0f, y = 0.0f;
-        if (which < group * queries) {
-            const State* at = q + ((u64)((row * query_heads + head * group + which / queries) * queries +
-                                         which % queries)) * D_K;
-            x = wide(at[d]) * scale;
-            if (TURN) y = wide(at[(int)rope[2 * ROPE_D + d]]) * scale * rope[ROPE_D + d];
-        }
-        plain[n * PAD + d] = x, mates[n * PAD + d] = y;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        const int i = thread + k * 32 * WARPS;
+        if (i < M * D_K) plain[i / D_K * PAD + i % D_K] = x[k];
     }
 #if !PAGED
     if (once) own.make((u8*)sums, has ? scale : 0.0f, head, columns, operands, centers, unscale, warp, lane);
 #endif
     __syncthreads();
 #if !PAGED
-    if (once && warp == 0) {
-        own.finish((u8*)sums, lane);
-        for (int i = lane; i < Q_BYTES / 16; i += 32) ((uint4*)(out + (u64)place * Q_BYTES))[i] = ((const uint4*)sums)[i];
-    }
+    if (once && warp == 0) own.finish((u8*)sums, (uint4*)(out + (u64)place * Q_BYTES), lane);
 #endif
     if (PAGED && warp < M) {
         float x = 0.0f;
@@ -155,17 +162,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
         for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
         if (lane == 0) units[warp] = unit_of(x, about[head].x);
     }
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        const int i = thread + k * 32 * WARPS, n = i / D_K;
+        if (i < M * D_K) mates[n * PAD + i % D_K] = plain[n * PAD + partner[k]] * sign[k];
+    }
     __syncthreads();
     float inverse[2];
     const int n0 = 2 * c & 3;  // the thread's queries in a product, of page c / 2
 #pragma unroll
     for (int i = 0; PAGED && i < 2; ++i) inverse[i] = unscale / units[min(n0 + i, M - 1)];
     const u64 page0 = (u64)place * capacity;
-    const int start = first[row] + sinks, mine = warp & 3;  // a tile of each group
+    const int mine = warp & 3;  // a tile of each group
     const int part = warp / 4 / SHARERS, share = warp / 4 % SHARERS;  // 32 of the pages, of their groups
-    const int mine_at = thread % PASS, STRIDE = 32 * WARPS / PASS;  // a thread's page, and threads of one
-    auto block_at = [&](int base) { return TURN && base + mine_at < to ? block[row * capacity + base + mine_at] : 0; };
-    int next_block = block_at(from);
     for (int base = from; base < to; base += PASS) {
         const float position = (float)(start + next_block * BLOCK);
         next_block = block_at(base + PASS);
