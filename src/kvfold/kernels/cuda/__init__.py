@@ -38,6 +38,8 @@ SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: pages that four warps of `prepare.cu` take at once, and warps of its program
 PREPARE_PAGES, PREPARE_WARPS = 32, 16
+#: warps of a program of `send.cu`
+SEND_WARPS = 8
 MERGE_THREADS = 512
 
 
@@ -464,9 +466,9 @@ def cut_for(
 ) -> tuple[int, tuple[int, ...], int]:
     """Programs of `attend.cu`; what a page of each head costs, and to begin at a row and head.
 
-    Programs get pieces that are equally expensive. As many as a device has room for, fewer where pages are few. Where rows are equally long each
-    program has a part of one place, or some whole ones, if few are lost: one that goes on to
-    another place adds up sums twice, one after the other.
+    Programs get pieces that are equally expensive. As many as a device has room for, fewer where
+    pages are few. Where rows are equally long each program has a part of one place, or some whole
+    ones, if few are lost: one that goes on to another place adds up sums twice.
 
     Args:
         layer: `kvfold.kernels.triton.decode.Layer`.
@@ -477,7 +479,10 @@ def cut_for(
         sms: multiprocessors of the device.
     """
     places = lines * layer.heads
-    programs = min(cut.programs * sms, places * exact_splits + -(-places * capacity // cut.warps))
+    room = cut.programs * sms
+    if sends(layer, places, sms) and not prepares(layer):
+        room -= places  # where `send.cu` is
+    programs = min(room, places * exact_splits + -(-places * capacity // cut.warps))
     programs = min(programs, (2**32 - 1) // max(places * exact_splits, 1))  # times items: 32 bits
     costs, start = layer.cost, round(START * cut.warps * sum(layer.cost) / layer.heads)
     if len(set(costs)) == 1 or places * capacity <= programs * cut.warps:
@@ -550,7 +555,7 @@ def send(
         found = tuple(send_macros(layer, m, dtype).items())
         layer.native.kernels[key] = compiled("send", found, 0, layer.table.device.index or 0)
     kernel = layer.native.kernels[key]
-    kernel((places, 1, 1), 32 * PREPARE_WARPS, [*arguments, *factors], 0)
+    kernel((places, 1, 1), 32 * SEND_WARPS, [*arguments, *factors], 0)
 
 
 def attend(

@@ -696,8 +696,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const ExactTokens exact_of{raw_q, keys, values, tokens, query_tokens, exact, exact_state, exact_tokens,
                                exact_splits, tiles, query_heads, queries, group, scale, cap};
     Exact asked;
+    asked.begin(exact_of, mine_from, exact_to, lane);
     if (!LATE) {
-        ask_exact(asked, exact_of, mine_from, exact_to, lane);
+        if (mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
         attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
     }
 
@@ -768,7 +769,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #if OWN
     make_queries();
 #endif
-    if (LATE) ask_exact(asked, exact_of, mine_from, exact_to, lane);
+    if (LATE && mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
 #if OWN
     together();
 #endif

@@ -6,7 +6,8 @@
 //   values   A = weights [16 x 16 tokens],           B = values  [16 tokens x 8 channels]
 //
 // A weight is the sum of two such numbers, the second in the rows from 8 on. What is read of an item is
-// asked for before any of it is used, up to 128 channels of it. States of 32 bits are multiplied one by one.
+// asked for before any of it is used, up to 128 channels of it; positions an item earlier, as slots that are
+// all empty are not read. States of 32 bits are multiplied one by one.
 
 struct ExactTokens {  // of all items
     const State *q, *keys, *values;
@@ -63,7 +64,7 @@ __device__ __forceinline__ uint4 once(const uint4* p) { return ONCE ? __ldcs(p) 
 
 struct Exact {
     uint4 key[2][KEYS_AT_ONCE], query[KEYS_AT_ONCE], value[4][VALUES_AT_ONCE];
-    int token, asker[2];
+    int token, next_token, asker[2];  // positions of a lane's token, here and in the next item
 
     __device__ __forceinline__ void ask_keys(const ExactTokens& x, const ExactItem& item, int from, int lane) {
         const int g = lane >> 2, c = lane & 3;
@@ -90,14 +91,42 @@ struct Exact {
             }
         }
     }
-    __device__ __forceinline__ void ask_positions(const ExactTokens& x, const ExactItem& item, int lane) {
-        token = item.token(x, lane & 15);
+    __device__ __forceinline__ void ask_askers(const ExactItem& item, const ExactTokens& x, int lane) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) asker[i] = item.asker(x, 2 * (lane & 3) + i);
     }
+    __device__ __forceinline__ static int token_of(const ExactTokens& x, u32 number, u32 to, int lane) {
+        return number < to ? ExactItem(x, number).token(x, lane & 15) : -1;
+    }
+    __device__ __forceinline__ static bool has(int token) { return __any_sync(0xffffffffu, token >= 0); }
+
+    // positions of the first item
+    __device__ __forceinline__ void begin(const ExactTokens& x, u32 number, u32 to, int lane) {
+        token = token_of(x, number, to, lane);
+    }
+    // the first item, of which there is one
+    __device__ __forceinline__ void ask(const ExactTokens& x, u32 number, u32 next, u32 to, int lane) {
+        const ExactItem item(x, number);
+        if (has(token)) ask_keys(x, item, 0, lane), ask_values(x, item, 0, lane), ask_askers(item, x, lane);
+        next_token = token_of(x, next, to, lane);
+    }
     // an item that has been asked for; then the next one is, if there is one
-    __device__ __forceinline__ void attend(const ExactTokens& x, u32 number, u32 next, bool more, int lane) {
-        const ExactItem item(x, number), next_item(x, more ? next : number);
+    __device__ __forceinline__ void attend(const ExactTokens& x, u32 number, u32 by, u32 to, int lane) {
+        const u32 next = number + by;
+        const bool more = has(next_token);
+        const ExactItem item(x, number), next_item(x, next < to ? next : number);
+        if (has(token)) {
+            attend(x, item, next_item, number, more, lane);
+        } else {
+            float* state = x.state + (u64)number * (2 * M);
+            if (lane < M) state[lane] = LOWEST, state[M + lane] = 0.0f;
+            if (more) ask_keys(x, next_item, 0, lane), ask_values(x, next_item, 0, lane);
+        }
+        if (more) ask_askers(next_item, x, lane);
+        token = next_token, next_token = token_of(x, next + by, to, lane);
+    }
+    __device__ __forceinline__ void attend(const ExactTokens& x, const ExactItem& item, const ExactItem& next_item,
+                                           u32 number, bool more, int lane) {
         const int g = lane >> 2, c = lane & 3;
         float d[4] = {}, other[4] = {};
 #pragma unroll
@@ -172,26 +201,21 @@ struct Exact {
                 }
             }
         }
-        if (more) ask_values(x, next_item, 0, lane), ask_positions(x, next_item, lane);
+        if (more) ask_values(x, next_item, 0, lane);
     }
 };
 
-__device__ __forceinline__ void ask_exact(Exact& exact, const ExactTokens& x, u32 from, u32 to, int lane) {
-    if (from >= to) return;
-    const ExactItem item(x, from);
-    exact.ask_keys(x, item, 0, lane);
-    exact.ask_values(x, item, 0, lane);
-    exact.ask_positions(x, item, lane);
-}
 // items of which the first has been asked for
 __device__ __forceinline__ void attend_exact(Exact& exact, const ExactTokens& x, u32 from, u32 to, int by, float*,
                                              int lane) {
 #pragma unroll 1
-    for (u32 i = from; i < to; i += by) exact.attend(x, i, i + by, i + by < to, lane);
+    for (u32 i = from; i < to; i += by) exact.attend(x, i, by, to, lane);
 }
 #else
-struct Exact {};
-__device__ __forceinline__ void ask_exact(Exact&, const ExactTokens&, u32, u32, int) {}
+struct Exact {
+    __device__ __forceinline__ void begin(const ExactTokens&, u32, u32, int) {}
+    __device__ __forceinline__ void ask(const ExactTokens&, u32, u32, u32, int) {}
+};
 
 // two lanes a token for scores, then a lane has pairs of channels of all tokens
 __device__ __forceinline__ void attend_exact(Exact&, const ExactTokens& x, u32 begin, u32 to, int by, float* scratch,
@@ -201,6 +225,11 @@ __device__ __forceinline__ void attend_exact(Exact&, const ExactTokens& x, u32 b
         const ExactItem item(x, number);
         const int CHUNKS = D_K / 8, BATCH = CHUNKS > 4 ? 4 : CHUNKS, PAIRS = (D_V + 63) / 64;
         const int half = lane & 1, token = item.token(x, lane >> 1);
+        float* state = x.state + (u64)number * (2 * M);
+        if (!__any_sync(0xffffffffu, token >= 0)) {
+            if (lane < M) state[lane] = LOWEST, state[M + lane] = 0.0f;
+            continue;
+        }
         const uint4* k = (const uint4*)(x.keys + item.slot(x, lane >> 1) * D_K) + half;
         uint4 chunk[BATCH];
 #pragma unroll
@@ -238,7 +267,6 @@ __device__ __forceinline__ void attend_exact(Exact&, const ExactTokens& x, u32 b
                 }
             }
         }
-        float* state = x.state + (u64)number * (2 * M);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             s[n] += __shfl_xor_sync(0xffffffffu, s[n], 1);

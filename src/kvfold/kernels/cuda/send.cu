@@ -1,7 +1,7 @@
 #include "common.cuh"
 
-#define WARPS 16
-#define OWN_AT_ONCE 1
+#define WARPS 8  // half of a multiprocessor's registers, as a program of attention
+#define OWN_AT_ONCE (D_K > 128 ? 1 : 2)
 #include "columns.cuh"
 
 // Queries of columns that hold for all pages of a row and KV head, for sm_90: the launch before attention
@@ -10,7 +10,7 @@
 // Constants come as macros, see __init__.py: HEADS, M, D_K, K4, K2, K1 (slots of 16 columns of a section),
 // DTYPE, WHOLE_KEYS.
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) send(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) send(
     const State* q, const int* heads, const uint4* operands, const u32* centers, const float2* about, u8* out,
     int query_heads, int queries, int group, int tiles, double scale, double unscale) {
     __shared__ __align__(16) u8 made[OWN_BYTES];
