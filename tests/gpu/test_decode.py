@@ -11,6 +11,7 @@ from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Timeline
 from kvfold.codec import ExampleTables, Site
 from kvfold.codecs.fisher import group_len
+from kvfold.kernels import cuda
 from kvfold.kernels.cuda import decode as cuda_decode
 from kvfold.quantizers.uniform import gaussian_affine
 from kvfold.transforms.orthogonal import random_rotation
@@ -111,6 +112,29 @@ def test_shapes(name, heads, group, dim, chunks):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_widths_that_differ_between_heads(name, dim, dtype):
     check(*case(name, 3, 4, dim, dtype, (900, 1), tables=mixed))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(
+    "name",
+    ["kivi4-g64", "kivi2-g32", "turboquant4", "turboquant4-uniform", "turboquant3-uniform", "int8"],
+)
+@pytest.mark.parametrize("chunks", [(700, 1), (460, 3)])
+def test_programs_that_make_their_own_queries(name, dim, chunks, monkeypatch):
+    """As those of many rows do: here also where a launch before them would."""
+    monkeypatch.setattr(cuda, "sends", lambda layer, places, sms: False)
+    monkeypatch.setattr(cuda_decode, "_WORK", {})
+    group = 256 // dim + 1
+    check(*case(name, 3, group, dim, torch.bfloat16, chunks))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["fisher2", "kivi4-g64", "fisher2-pre"])
+def test_many_rows(name, dtype):
+    """Programs go on from row to row; most of the window's slots are empty."""
+    check(
+        *case(name, 3, 4, 64, dtype, (420, 1), rows=70, padded=True, tables=mixed_if_fisher(name))
+    )
 
 
 @pytest.mark.parametrize("name", ["fisher2", "fisher2-post", "fisher2-pre", "kivi4-g64"])

@@ -165,6 +165,34 @@ def test_operands_lie_as_products_take_them():
     assert torch.allclose(gain, key.gain[1].double(), rtol=1e-6, atol=1e-7)
 
 
+def test_own_operands_lie_as_lanes_take_them():
+    """Of a product a lane (g, c) has rows g and g + 8 at channels 2c.., then at 2c + 8.."""
+    made = layer("int8", 128)
+    found, key = cuda.own_operands(made), made.key
+    assert found.shape == (made.heads, key.columns // 16 + 1, 8, 32, 8)
+    for tile, step, g, c in ((0, 0, 0, 0), (3, 2, 5, 1), (15, 7, 7, 3)):
+        column, channel = 16 * tile + 4 * (g // 2) + g % 2, 16 * step + 2 * c
+        wanted = [
+            key.matrix[1, channel + 8 * half + e, column + 2 * which]
+            for half in (0, 1)
+            for which in (0, 1)
+            for e in (0, 1)
+        ]
+        assert found[1, tile, step, 4 * g + c].tolist() == [float(x) for x in wanted], tile
+    gain = found[1, -1, 0, [0, 4], 0].double().sum()  # rows 0 and 1: its two float16 parts
+    assert torch.allclose(gain, key.gain[1, 0].double(), rtol=1e-6, atol=1e-7)
+
+
+def test_queries_come_from_the_launch_before_where_rows_are_few_or_the_mean_needs_it():
+    kivi, post, pages = (layer(name, 128) for name in ("kivi4-g64", "fisher2-post", "fisher2"))
+    assert [cuda.sends(kivi, places, 132) for places in (8, 16, 64)] == [True, True, False]
+    post.constants = {**post.constants, "MEAN": True}
+    assert all(cuda.sends(post, places, 132) for places in (8, 1024))
+    assert not cuda.sends(pages, 8, 132)
+    # its programs have room beside those of attention
+    assert cuda.cut_for(kivi, 1, 256, 13, cuda.shared(kivi, 4, 4), 132)[0] <= 264 - kivi.heads
+
+
 def test_each_code_has_a_workspace_that_it_fits_into(monkeypatch):
     """Codes of as many columns have queries of bytes, with a unit each, or of float16."""
     properties = SimpleNamespace(multi_processor_count=132)

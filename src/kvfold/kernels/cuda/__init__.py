@@ -26,11 +26,11 @@ WARPS = 8, 12
 WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (8, 4)
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
-OVER = 0.72
+OVER = 0.70
 #: what it takes to begin at a row and head, in pages of each warp
 START = 0.9
 #: what a page takes besides its columns, in columns
-OF_PAGE = 358
+OF_PAGE = 400
 #: exact tokens of an item of work, which takes half as long as a page of a head.
 EXACT_TOKENS = 16
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.

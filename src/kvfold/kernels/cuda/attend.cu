@@ -8,9 +8,9 @@
 // page into its part of shared memory: keys, and values behind them; the next page's take the places of
 // what has been used, so that half a page's work lies between a copy and its use. The loop over pages
 // reads addresses of 32 pages at once and nothing else from global memory, which would wait behind the
-// copies, and so must not spill. Registers of packed words are the operands of products after one `and` a field: field f of a 16-bit
-// lane is the subnormal float16 number digit * 2^(position - 24). Products are float16 x float16 with
-// float32 sums.
+// copies, and so must not spill. Registers of packed words are the operands of products after one `and` a
+// field: field f of a 16-bit lane is the subnormal float16 number digit * 2^(position - 24). Products are
+// float16 x float16 with float32 sums.
 //
 //   scores   A = keys   [16 tokens x 32 columns],  B = queries [32 columns x 8]
 //   values   A = values [16 columns x 32 tokens],  B = weights [32 tokens x 8]
@@ -26,11 +26,10 @@
 // banks and the weights, transposed by movmatrix, are those of tokens 4c..4c+3.
 //
 // Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
-// ONCE (no other program reads its pages), SENT (queries
-// of columns hold for all pages, and come from the launch before), D_K, D_V, K4.. (slots of 16 columns of a
-// section), K_WHOLE
-// (sections are multiples of 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte
-// of keys' zero points), TOKEN (keys were coded before RoPE: before_rope.cuh), and flags.
+// ONCE (no other program reads its pages), SENT (queries of columns hold for all pages, and come from the
+// launch before), D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE (sections are multiples of
+// 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), TOKEN
+// (keys were coded before RoPE: before_rope.cuh), and flags.
 
 #define VC (V4 + V2 + V1)
 #define STATE (2 + 2 * V_GROUPS)
@@ -410,7 +409,8 @@ struct Walk : Place {
 // whether the program has no page of the next place
 __device__ __forceinline__ bool is_last(const Walk* walk, const Costs& costs) {
     const int next = walk->head + 1;
-    return walk->end < walk->line_begin + costs.begin(next, walk->pages) + costs.start + costs.page(next < HEADS ? next : 0);
+    const u32 first = walk->line_begin + costs.begin(next, walk->pages) + costs.start;
+    return walk->end < first + costs.page(next < HEADS ? next : 0);
 }
 // on to the next place, of which there is one
 __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, const Costs& costs, int lane) {
@@ -587,8 +587,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #else
     const uint4* operands, const u32* centers, const float2* about,
 #endif
-    const int* block, const int* first_position, int sinks, double unscale, int start_cost, int exact_cost, int inverse, int warp_bytes,
-    int sums_at) {
+    const int* block, const int* first_position, int sinks, double unscale, int start_cost, int exact_cost,
+    int inverse, int warp_bytes, int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
     float scale = (float)scale_, cap = (float)cap_;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;

@@ -5,7 +5,8 @@
 // One program a row, tile of queries and KV head, and PER of its M queries. It finds the programs of
 // attention that had pages of its place, from `Cut`. A warp has one query and every SPLIT_GROUPS-th part,
 // whose weights it finds by itself; their sums over columns, in a fixed order, are multiplied with the
-// head's matrix, all in float32. The matrix comes to shared memory while attention is still running, where there is room.
+// head's matrix, all in float32. The matrix comes to shared memory while attention is still running, where
+// there is room.
 //
 // Constants come as macros, see __init__.py: HEADS, M, PER, D, C (columns), GROUPS, DTYPE, and the flags
 // GAIN_SUM, OFFSET, MEAN, SINK_LOGITS, STAGED (the matrix fits into shared memory).
@@ -20,9 +21,9 @@
 
 // Sum over every SPLIT_GROUPS-th part of its weight times COLUMNS numbers, four a lane. The first are
 // asked for before weights are known.
-template <int COLUMNS>
+template <int COLUMNS, int AHEAD>
 struct Parts {
-    static const int CHUNKS = (COLUMNS + 127) / 128, AHEAD = PER > 2 ? 1 : PER > 1 ? 2 : 3;
+    static const int CHUNKS = (COLUMNS + 127) / 128;
     const float *from, *states;
     int count, stride, state_stride, first, lane;
     float4 ahead[AHEAD][CHUNKS];
@@ -91,10 +92,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
         copy(shared_address(staged), (u64)matrix, C * D * 2, barrier);
     }
 
+    // what is added comes nearer meanwhile, by sectors of 32 bytes
+    auto near = [&](const float* from, int count) {
+        for (int i = 8 * thread; i < count; i += 8 * THREADS)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(from + i));
+    };
+    if (GAIN_SUM) near(center + head * C, C), near(gain + head * D, D);
+    if (MEAN) near(mean + head * D, D);
+    if (OFFSET) near(offset + head * GROUPS * D, GROUPS * D);
+
     // the programs that had pages of this place
     const Costs costs{costs_, (u32)costs_[HEADS], (u32)start_cost};
-    const Cut cut = cut_of(folded, pages_at(folded, lane, rows), rows, tiles, costs, rows * tiles * HEADS * exact_splits,
-                           exact_cost, programs, inverse);
+    const Cut cut = cut_of(folded, pages_at(folded, lane, rows), rows, tiles, costs,
+                           rows * tiles * HEADS * exact_splits, exact_cost, programs, inverse);
     u32 before = 0;
     for (int i = lane; i < row; i += 32) before += costs.line(folded[i]);
     before = __reduce_add_sync(0xffffffffu, before) * tiles + costs.line(folded[row]) * tile;
@@ -113,8 +123,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
 
     const int k = warp % PER, n = n0 + k, which = tile * M + n, first = warp / PER;
     if (first < SPLIT_GROUPS) {
-        Parts<C> pages{sums + n * C, states + n, parts, M * C, STATE * M, first, lane};
-        Parts<D> tokens{exact + n * D, exact_state + n, exact_splits, M * D, 2 * M, first, lane};
+        Parts<C, (PER > 2 ? 1 : PER > 1 ? 2 : 3)> pages{sums + n * C, states + n, parts, M * C, STATE * M, first, lane};
+        Parts<D, (PER > 2 ? 3 : PER)> tokens{exact + n * D, exact_state + n, exact_splits, M * D, 2 * M, first, lane};
         pages.ask_first(), tokens.ask_first();
         // a lane's part: what its sums of weights are; of more parts than lanes the first
         float mine[STATE] = {LOWEST}, exact_mine[2] = {LOWEST}, logit = LOWEST;

@@ -107,8 +107,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     // what is read first is asked for at once
     const int pages = folded[row], start = first[row] + sinks;
     const int mine_at = thread % PASS, STRIDE = 32 * WARPS / PASS;  // a thread's page, and threads of one
-    auto block_at = [&](int base) { return TURN && base + mine_at < capacity ? block[row * capacity + base + mine_at] : 0; };
+    auto block_at = [&](int base) {
+        return TURN && base + mine_at < capacity ? block[row * capacity + base + mine_at] : 0;
+    };
     int next_block = block_at(from);
+    const Place at{0, 0, row, tile, head, pages};
     const int EACH = (M * D_K + 32 * WARPS - 1) / (32 * WARPS);  // channels of queries of a thread
     float x[EACH], sign[EACH];
     int partner[EACH];
@@ -116,8 +119,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     for (int k = 0; k < EACH; ++k) {
         const int i = thread + k * 32 * WARPS, n = min(i / D_K, M - 1), d = i % D_K;
         const bool has = tile * M + n < group * queries;
-        const float y = wide(query_at(q, {0, 0, row, tile, head, 0}, has ? n : 0, query_heads, queries, group)[d]) * scale;
-        x[k] = has ? y : 0.0f;
+        x[k] = has ? wide(query_at(q, at, n, query_heads, queries, group)[d]) * scale : 0.0f;
         sign[k] = TURN ? rope[ROPE_D + d] : 0.0f, partner[k] = TURN ? (int)rope[2 * ROPE_D + d] : 0;
     }
 
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     Own own;
     const bool once = blockIdx.y == 0, has = own_query(lane) + tile * M < group * queries;
     if (once)
-        own.ask(query_at(q, {0, 0, row, tile, head, 0}, has ? own_query(lane) : 0, query_heads, queries, group), head, operands, centers, about,
+        own.ask(query_at(q, at, has ? own_query(lane) : 0, query_heads, queries, group), head, operands, centers, about,
                 warp, lane);
 #endif
     for (int i = thread; PAGED && i < KC * 4; i += 32 * WARPS) center[i] = centers[head * KC * 4 + i];
@@ -214,7 +216,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
                 const int u = 4 * k + mine - MEANS;
                 if (u < 0) {
                     // a lane has one token's four queries: its own two and its neighbour's; or its own alone
-                    u8* of = means + ((page0 + page + (c >> 1)) * BLOCK + 4 * (g >> 1) + (g & 1) + 16 * (u + MEANS)) * (MEAN_N * 2) +
+                    const int token = 16 * (u + MEANS) + 4 * (g >> 1) + (g & 1);
+                    u8* of = means + ((page0 + page + (c >> 1)) * BLOCK + token) * (MEAN_N * 2) +
                              (MEAN_N == 4 ? 16 * (c & 1) : n0 * 2);
 #pragma unroll
                     for (int h = 0; h < PAIRS; ++h, of += 2 * BLOCK * MEAN_N * 2) {
@@ -229,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
                     }
                 } else if (PAGED && u < columns) {
                     const u32 middle = center[u * 4 + c];
-                    u8* of = out + (page0 + page + (WHOLE_KEYS ? g >> 2 : c >> 1)) * Q_BYTES + TERMS_BYTES + u * Q_CHUNK;
+                    u8* of = out + (page0 + page + (WHOLE_KEYS ? g >> 2 : c >> 1)) * Q_BYTES + TERMS_BYTES;
+                    of += u * Q_CHUNK;
 #pragma unroll
                     for (int h = 0; h < PAIRS; ++h, of += 2 * Q_BYTES) {
                         const int at = page + 2 * h + (WHOLE_KEYS ? g >> 2 : c >> 1);
