@@ -39,7 +39,10 @@ HEADS, GROUP, DIM, BLOCK = 8, 4, 128, 128
 EXACT = 4 + 64 + BLOCK  # slots of sinks and window
 DEVICE = torch.device("cuda", 0)
 ROPE = Rope(tuple(5e5 ** (-i / 64) for i in range(64)))
-SHAPES = ((1, 32_768), (8, 32_768), (1, 131_072), (32, 8192), (1, 4096), (64, 4096))
+SHAPES = (
+    (1, 32_768), (8, 32_768), (1, 131_072), (32, 8192), (1, 4096), (64, 4096),
+    (4, 4096), (16, 4096),
+)  # fmt: skip
 PRESETS = (
     "turboquant4-uniform", "turboquant2-uniform", "kivi4-g64", "kivi2-g64", "fisher2",
     "fisher2-post", "fisher2-pre", "fisher4", "turboquant4", "int8",
