@@ -114,10 +114,16 @@ def test_widths_that_differ_between_heads(name, dim, dtype):
     check(*case(name, 3, 4, dim, dtype, (900, 1), tables=mixed))
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(
-    "name",
-    ["kivi4-g64", "kivi2-g32", "turboquant4", "turboquant4-uniform", "turboquant3-uniform", "int8"],
+    ("name", "dim"),
+    [
+        *(("kivi4-g64", dim) for dim in (64, 128, 256)),
+        *(("kivi2-g32", dim) for dim in (64, 96, 128)),
+        *(("turboquant4", dim) for dim in (80, 128)),
+        *(("turboquant4-uniform", dim) for dim in (64, 80, 96, 128, 256)),
+        *(("turboquant3-uniform", dim) for dim in (64, 128)),
+        *(("int8", dim) for dim in (64, 80, 128, 256)),
+    ],
 )
 @pytest.mark.parametrize("chunks", [(700, 1), (460, 3)])
 def test_programs_that_make_their_own_queries(name, dim, chunks, monkeypatch):
