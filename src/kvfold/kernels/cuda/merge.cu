@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
     const int k = warp % PER, n = n0 + k, which = tile * M + n, first = warp / PER;
     if (first < SPLIT_GROUPS) {
         Parts<C, (PER > 2 ? 1 : PER > 1 ? 2 : 3)> pages{sums + n * C, states + n, parts, M * C, STATE * M, first, lane};
-        Parts<D, (PER > 2 ? 3 : PER)> tokens{exact + n * D, exact_state + n, exact_splits, M * D, 2 * M, first, lane};
+        Parts<D, (PER > 2 ? 1 : PER)> tokens{exact + n * D, exact_state + n, exact_splits, M * D, 2 * M, first, lane};
         pages.ask_first(), tokens.ask_first();
         // a lane's part: what its sums of weights are; of more parts than lanes the first
         float mine[STATE] = {LOWEST}, exact_mine[2] = {LOWEST}, logit = LOWEST;
