@@ -167,10 +167,10 @@ def test_operands_lie_as_products_take_them():
 
 def test_own_operands_lie_as_lanes_take_them():
     """Of a product a lane (g, c) has rows g and g + 8 at channels 2c.., then at 2c + 8.."""
-    made = layer("int8", 128)
+    made = layer("turboquant4-uniform", 128)
     found, key = cuda.own_operands(made), made.key
     assert found.shape == (made.heads, key.columns // 16 + 1, 8, 32, 8)
-    for tile, step, g, c in ((0, 0, 0, 0), (3, 2, 5, 1), (15, 7, 7, 3)):
+    for tile, step, g, c in ((0, 0, 0, 0), (3, 2, 5, 1), (7, 7, 7, 3)):
         column, channel = 16 * tile + 4 * (g // 2) + g % 2, 16 * step + 2 * c
         wanted = [
             key.matrix[1, channel + 8 * half + e, column + 2 * which]
@@ -240,3 +240,4 @@ def test_heads_have_whole_programs_where_many_are_a_line_s(lines, aligned):
     assert all(abs(n / x - 1) < 0.07 for n, x in zip(costs, wanted, strict=True))
     assert 2 * cuda.exact_cost(costs) <= sum(costs) / len(costs)
     assert cuda.exact_cost(costs) < min(costs)
+    assert cuda.exact_cost((2, 30)) == 1

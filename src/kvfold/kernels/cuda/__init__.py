@@ -222,6 +222,9 @@ def refuses(layer: Any) -> str | None:
         return "pages too large for a multiprocessor's shared memory"
     if prepares(layer) and prepare_bytes(layer, TILE, PREPARE_PAGES) > SHARED_OF_PROGRAM:
         return "tables too large for a multiprocessor's shared memory"
+    own = query_bytes(layer, TILE) + 16 * (PREPARE_WARPS + 1)
+    if prepares(layer) and not layer.constants["PAGED"] and own > 4 * sums_of(PREPARE_PAGES):
+        return "tables too large for a multiprocessor's shared memory"
     return None
 
 
@@ -439,9 +442,13 @@ def query_bytes(layer: Any, m: int) -> int:
 def prepare_bytes(layer: Any, m: int, turned: int) -> int:
     """Shared memory of `prepare.cu`."""
     dim, columns = layer.key_dim, layer.key.columns
-    sums = 16 * PREPARE_PAGES
-    fixed = (2 * m * (dim + 8) + columns // 4 + 4 + 4 * turned + sums * 4) * 4 + 8
+    fixed = (2 * m * (dim + 8) + columns // 4 + 4 + 4 * turned + sums_of(turned)) * 4 + 8
     return groups(layer) * dim * 128 + turned * dim * 8 + fixed
+
+
+def sums_of(turned: int) -> int:
+    """Numbers that `prepare.cu` adds up, with `turned` pages at once."""
+    return (2 if turned > PREPARE_PAGES else 4) * 4 * turned * 4
 
 
 def turned_at_once(layer: Any, m: int, run: int) -> int:
@@ -498,7 +505,8 @@ def cut_for(
         worst = max((c / n for c, n in zip(costs, shares, strict=False)), default=0.0)
         if shares and worst * programs <= 1.06 * lines * sum(costs):
             programs, costs, start = lines * sum(shares), shares, 0
-    if lines * (max(capacity, 1) * sum(costs) + layer.heads * start) >= 2**32:
+    total = lines * (max(capacity, 1) * sum(costs) + layer.heads * start)
+    if total + start + max(costs) >= 2**32:  # `is_last` looks a page further
         raise ValueError(f"{lines} rows and tiles of {capacity} pages are more than a launch takes")
     return programs, costs, start
 

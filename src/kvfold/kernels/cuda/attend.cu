@@ -3,8 +3,8 @@
 // Decode attention on packed pages for sm_90: a warp walks whole pages on its own.
 //
 // A program takes a run of pages, which may go on from one head or row to the next (`Cut`), for up to
-// 4 queries of the head's group; the warps take turns. Items of 16 exact tokens, a warp each, come
-// before, or while the first pages are on their way (LATE). Bulk copies bring what a warp reads of a
+// 4 queries of the head's group; the warps take turns. Items of 16 exact tokens, a warp each, come while
+// the first pages are on their way, or before where keys are decoded. Bulk copies bring what a warp reads of a
 // page into its part of shared memory: keys, and values behind them; the next page's take the places of
 // what has been used, so that half a page's work lies between a copy and its use. The loop over pages
 // reads addresses of 32 pages at once and nothing else from global memory, which would wait behind the
@@ -36,7 +36,6 @@
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
 #define OWN (!PAGED && !SENT && !TOKEN)  // queries of columns hold for all pages, and are made here
-#define LATE (!TOKEN)  // exact tokens come after the first pages are asked for
 #define OWN_AT_ONCE (D_K > 128 || WARPS * PROGRAMS > 8 ? 1 : 2)
 
 #include "columns.cuh"
@@ -600,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     for (int i = lane; i <= HEADS / 8; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(costs_ + i * 8));
     if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(slabs));
 
-    // shared: the query of the columns, then each warp's part: barriers, what else belongs to keys,
+    // shared: queries of the columns, of all pages, and what warps add up of them; then each warp's part: barriers, what else belongs to keys,
     // columns of keys and then of values, sums (before them: queries and weights of exact float32 tokens)
 #if TOKEN  // of all warps: turns and the head's tables; queries, walks and angles of those that bring pages
     const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, BARRIER_AT = PLAIN_AT + (M * PLAIN + 4) * 4;
@@ -614,7 +613,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #endif
 #if SENT
     const u32 q_barrier = shared_address(shared + WARPS_AT) + 16;
-    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(q_barrier));
+    if (threadIdx.x == 0) begin_barrier(q_barrier);
 #endif
 
     const u32 ENDS = VC * 16 * 4 * 4;
@@ -697,7 +696,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
                                exact_splits, tiles, query_heads, queries, group, scale, cap};
     Exact asked;
     asked.begin(exact_of, mine_from, exact_to, lane);
-    if (!LATE) {
+    if (TOKEN) {
         if (mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
         attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
     }
@@ -769,11 +768,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #if OWN
     make_queries();
 #endif
-    if (LATE && mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
+    if (!TOKEN && mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
 #if OWN
     together();
 #endif
-    if (LATE) attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
+    if (!TOKEN) attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
     auto no_sums = [&] {
         for (int i = lane; i < VC * 16; i += 32) ((float4*)sums_in)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         __syncwarp();
@@ -802,6 +801,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             float2 x = ((const float2*)queries)[query];
             first_terms[0] = x.x, q_unit = x.y;
         };
+        if (TOKEN || SENT) __syncwarp();  // all have read it
         if (lane == 0) ++walk->places;
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};

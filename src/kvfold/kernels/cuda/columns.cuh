@@ -87,7 +87,7 @@ __device__ __forceinline__ const State* query_at(const State* q, const Place& pl
 // --- those of all pages, by all warps of a program ------------------------------------------------
 
 #define KS (D_K / 16)  // steps of a product
-#define OWN_TILES (KC + WHOLE_KEYS)  // of the head that has most, with the gain's
+#define OWN_TILES (KC + WHOLE_KEYS)  // each head's, zeros behind its own; with the gain's
 #define OWN_BYTES (Q_BYTES + (WARPS + 1) * 16)
 
 __device__ __forceinline__ int own_query(int lane) { return min(lane >> 2 & 3, M - 1); }  // a lane's

@@ -1,6 +1,6 @@
 // What all kernels here begin with.
 //
-// DTYPE (of queries and exact states) comes as a macro: 0 float16, 1 bfloat16, 2 float32.
+// DTYPE (of queries and exact states: 0 float16, 1 bfloat16, 2 float32) and HEADS come as macros.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -194,7 +194,7 @@ __device__ __forceinline__ Place place_of(u32 begin, const int* folded, int here
                                                             costs.begin(h + lane, place.pages)));
     return place;
 }
-// pages of the place that belong to a piece, from `low` on
+// pages of the place that belong to a piece, from `low` on: a page is of the piece that its end lies in
 __device__ __forceinline__ void pages_of(const Place& place, u32 begin, u32 end, const Costs& costs, int* low,
                                          int* high) {
     const u32 first = place.line_begin + costs.begin(place.head, place.pages) + costs.start;

@@ -1,4 +1,4 @@
-"""The launches of a layer's attention by the kernels here: prepare, attend, merge.
+"""The launches of a layer's attention by the kernels here: prepare, send or none, attend, merge.
 
 Their workspace holds, for each place (row, tile of queries and KV head), what the launches hand on:
 queries in the units of columns, products with the mean, and a record for each program that has
@@ -29,8 +29,8 @@ class Work:
     exact_cost: int  #: of an item of exact tokens
     exact_splits: int
     sms: int  #: multiprocessors
-    sent: bool  #: whether queries that hold for all pages are there
-    query: Tensor  #: `[places, pages or 1, ...]` 16-bit words
+    sent: bool  #: whether the launch before attention makes the queries that hold for all pages
+    query: Tensor  #: `[places, pages, 1 or 0, ...]` 16-bit words
     means: Tensor
     sums: Tensor  #: `[programs + places, m, columns]`
     state: Tensor
@@ -50,7 +50,8 @@ def _work(
     cut, query_bytes = cuda.shared(layer, m, mean_n), cuda.query_bytes(layer, m)
     key = (
         device, rows, tiles, m, held, exact, layer.heads, layer.block, layer.value_dim, layer.cost,
-        cut, query_bytes, layer.value.columns, c["V_GROUPS"], c["PAGED"], c["MEAN"],
+        layer.decoder is None, cut, query_bytes, layer.value.columns, c["V_GROUPS"],
+        c["PAGED"], c["MEAN"],
     )  # fmt: skip
     if key in _WORK:
         return _WORK[key]
@@ -92,11 +93,7 @@ def decode(
     query_tokens: Tensor, located: Located, *, scaling: float, softcap: float | None,
     sink_logits: Tensor | None, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """What `kvfold.kernels.triton.decode.decode` computes, with its arguments, into `out`.
-
-    `located.folded` must not come from a kernel launched right before: it is read while that may
-    still be running.
-    """
+    """What `kvfold.kernels.triton.decode.decode` computes, with its arguments, into `out`."""
     if sink_logits is not None:  # here, as a launch between those below keeps them from overlapping
         sink_logits = sink_logits.to(q.dtype)
     rows, query_heads, queries, _ = q.shape

@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
     for (int i = lane; i < row; i += 32) before += costs.line(folded[i]);
     before = __reduce_add_sync(0xffffffffu, before) * tiles + costs.line(folded[row]) * tile;
     const u32 begin = before + costs.begin(head, folded[row]), end = before + costs.begin(head + 1, folded[row]);
-    const u32 second = begin + costs.start + costs.page(head);  // page
+    const u32 second = begin + costs.start + costs.page(head);  // where the first page ends
     int from = 0, last = 0;  // of all programs that begin before it and before the end, the last ones
     for (int step = 1024; step; step >>= 5) {
         u32 item;

@@ -139,6 +139,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
              (u64)(tables + ((u64)head * GROUPS + skipped) * GROUP_BYTES), bytes, barrier);
     }
 #if !PAGED
+    static_assert(OWN_BYTES <= SUMS * 4, "queries of all pages lie where sums of columns do");
     Own own;
     const bool once = blockIdx.y == 0, has = own_query(lane) + tile * M < group * queries;
     if (once)
