@@ -218,6 +218,14 @@ def test_programs_are_aligned_with_heads_where_few_are_lost(lines, programs):
     assert cuda.cut_for(made, lines, 256, 13, cut, 132)[:2] == (programs, (32,) * 8)
 
 
+def test_programs_of_merge_share_queries_evenly():
+    """What lies behind a place's last query is not its own to read."""
+    found = {(m, n): cuda.queries_of_merge(m, n, 132) for m in (1, 2, 3, 4) for n in (8, 60, 256)}
+    assert all(m % per == 0 for (m, _), per in found.items())
+    assert [found[4, n] for n in (8, 60, 256)] == [1, 2, 4]
+    assert [found[3, n] for n in (8, 60, 256)] == [1, 3, 3]
+
+
 def test_programs_times_items_are_32_bits():
     made = layer("kivi4-g64", 128)
     cut = cuda.shared(made, 4, 4)

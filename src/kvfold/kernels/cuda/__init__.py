@@ -38,6 +38,8 @@ SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: pages that four warps of `prepare.cu` take at once, and warps of its program
 PREPARE_PAGES, PREPARE_WARPS = 32, 16
+#: numbers that its warps add up, of each query of the pages that they take at once
+PREPARE_SUMS = PREPARE_WARPS * PREPARE_PAGES * 4
 #: warps of a program of `send.cu`
 SEND_WARPS = 8
 MERGE_THREADS = 512
@@ -220,10 +222,11 @@ def refuses(layer: Any) -> str | None:
         return "gains that do not begin at a multiple of 16 bytes"
     if not shared(layer, TILE, TILE).programs:
         return "pages too large for a multiprocessor's shared memory"
-    if prepares(layer) and prepare_bytes(layer, TILE, PREPARE_PAGES) > SHARED_OF_PROGRAM:
-        return "tables too large for a multiprocessor's shared memory"
-    own = query_bytes(layer, TILE) + 16 * (PREPARE_WARPS + 1)
-    if prepares(layer) and not layer.constants["PAGED"] and own > 4 * sums_of(PREPARE_PAGES):
+    if not prepares(layer):
+        return None
+    own = 0 if layer.constants["PAGED"] else query_bytes(layer, TILE) + 16 * (PREPARE_WARPS + 1)
+    total = prepare_bytes(layer, TILE, PREPARE_PAGES)
+    if total > SHARED_OF_PROGRAM or own > 4 * PREPARE_SUMS:
         return "tables too large for a multiprocessor's shared memory"
     return None
 
@@ -280,18 +283,10 @@ def prepare_macros(
 ) -> dict[str, int | str]:
     """The constants that `prepare.cu` is compiled with, `turned` pages at once."""
     c = layer.constants
-    return {
-        "HEADS": layer.heads,
-        "M": m,
-        "D_K": layer.key_dim,
-        "K4": int(c["K4"]),
-        "K2": int(c["K2"]),
-        "K1": int(c["K1"]),
+    return send_macros(layer, m, dtype) | {
         "GROUPS": groups(layer),
         "PASS": turned,
         "MEAN_N": mean_n,
-        "DTYPE": DTYPES[dtype],
-        "WHOLE_KEYS": int(whole_keys(layer)),
         "PAGED": int(c["PAGED"]),
         "MEAN": int(c["MEAN"]),
         "TURN": int(layer.rope is not None),
@@ -442,13 +437,8 @@ def query_bytes(layer: Any, m: int) -> int:
 def prepare_bytes(layer: Any, m: int, turned: int) -> int:
     """Shared memory of `prepare.cu`."""
     dim, columns = layer.key_dim, layer.key.columns
-    fixed = (2 * m * (dim + 8) + columns // 4 + 4 + 4 * turned + sums_of(turned)) * 4 + 8
+    fixed = (2 * m * (dim + 8) + columns // 4 + 4 + 4 * turned + PREPARE_SUMS) * 4 + 8
     return groups(layer) * dim * 128 + turned * dim * 8 + fixed
-
-
-def sums_of(turned: int) -> int:
-    """Numbers that `prepare.cu` adds up, with `turned` pages at once."""
-    return (2 if turned > PREPARE_PAGES else 4) * 4 * turned * 4
 
 
 def turned_at_once(layer: Any, m: int, run: int) -> int:
@@ -594,15 +584,20 @@ def inverse(programs: int) -> int:
     return found - 2**32 * (found >= 2**31)
 
 
+def queries_of_merge(m: int, places: int, sms: int) -> int:
+    """Queries of a program of `merge.cu`, a divisor of the `m` of a place: it reads what it has."""
+    return next(n for n in (1, 2, m) if n == m or (m % n == 0 and places * m // n <= sms))
+
+
 def merge(
     layer: Any, places: int, arguments: Sequence[Any], unscale: float, *, m: int, sms: int,
     sink_logits: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Launch `merge.cu` for `places` rows and heads.
 
-    A program takes one query where that leaves multiprocessors idle otherwise.
+    A program takes one query, or two, where that leaves multiprocessors idle otherwise.
     """
-    per = next(n for n in (1, 2, m) if n >= m or places * -(-m // n) <= sms)
+    per = queries_of_merge(m, places, sms)
     key = ("merge", m, per, dtype, sink_logits)
     if key not in layer.native.kernels:
         found = merge_macros(layer, m, per, sink_logits, dtype)

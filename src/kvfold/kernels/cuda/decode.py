@@ -106,13 +106,6 @@ def decode(
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
     scale = float(scaling) * LOG2E
-    items = (
-        work.exact_splits,
-        work.start_cost,
-        work.exact_cost,
-        work.programs,
-        cuda.inverse(work.programs),
-    )
     if capacity and cuda.prepares(layer):
         arguments = (
             q, layer.table, layer.native.tables, *tables(layer),
@@ -148,7 +141,8 @@ def decode(
         value.matrix, value.gain, value.center,
         offset if offset is not None else none, mean if mean is not None else none,
         sink_logits if sink_logits is not None else none, query_tokens, out,
-        rows, *items, query_heads, queries, group, tiles,
+        rows, work.exact_splits, work.start_cost, work.exact_cost, work.programs,
+        cuda.inverse(work.programs), query_heads, queries, group, tiles,
     )  # fmt: skip
     cuda.merge(
         layer, places, arguments, 2.0**-value.exponent,

@@ -91,7 +91,7 @@ struct Exact {
             }
         }
     }
-    __device__ __forceinline__ void ask_askers(const ExactItem& item, const ExactTokens& x, int lane) {
+    __device__ __forceinline__ void ask_askers(const ExactTokens& x, const ExactItem& item, int lane) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) asker[i] = item.asker(x, 2 * (lane & 3) + i);
     }
@@ -107,7 +107,7 @@ struct Exact {
     // the first item, of which there is one
     __device__ __forceinline__ void ask(const ExactTokens& x, u32 number, u32 next, u32 to, int lane) {
         const ExactItem item(x, number);
-        if (has(token)) ask_keys(x, item, 0, lane), ask_values(x, item, 0, lane), ask_askers(item, x, lane);
+        if (has(token)) ask_keys(x, item, 0, lane), ask_values(x, item, 0, lane), ask_askers(x, item, lane);
         next_token = token_of(x, next, to, lane);
     }
     // an item that has been asked for; then the next one is, if there is one
@@ -122,7 +122,7 @@ struct Exact {
             if (lane < M) state[lane] = LOWEST, state[M + lane] = 0.0f;
             if (more) ask_keys(x, next_item, 0, lane), ask_values(x, next_item, 0, lane);
         }
-        if (more) ask_askers(next_item, x, lane);
+        if (more) ask_askers(x, next_item, lane);
         token = next_token, next_token = token_of(x, next + by, to, lane);
     }
     __device__ __forceinline__ void attend(const ExactTokens& x, const ExactItem& item, const ExactItem& next_item,
