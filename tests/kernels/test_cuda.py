@@ -226,6 +226,18 @@ def test_programs_of_merge_share_queries_evenly():
     assert [found[3, n] for n in (8, 60, 256)] == [1, 3, 3]
 
 
+@pytest.mark.parametrize("name", ["fisher2", "fisher2-pre"])
+def test_pages_whose_values_wait_for_room_cost_more(name, monkeypatch):
+    made = layer(name, 128)
+    cut = cuda.shared(made, 4, 4)
+    monkeypatch.setattr(cuda, "shared", lambda *_: cut)
+    monkeypatch.setattr(cuda, "room_of", lambda _: ([cut.room] * 7 + [cut.room + 1], 0))
+    *others, last = cuda.columns(made)
+    assert set(others) == {others[0]}
+    wanted = others[0] + cuda.DECODED_WAIT if made.decoder else others[0] / cuda.OVER
+    assert last == pytest.approx(wanted)
+
+
 def test_programs_times_items_are_32_bits():
     made = layer("kivi4-g64", 128)
     cut = cuda.shared(made, 4, 4)

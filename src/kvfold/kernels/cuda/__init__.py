@@ -31,6 +31,8 @@ OVER = 0.70
 START = 0.9
 #: what a page takes besides its columns, in columns
 OF_PAGE = 400
+#: the same where keys are decoded, and what waiting for keys takes there
+OF_DECODED_PAGE, DECODED_WAIT = 120, 80
 #: exact tokens of an item of work, which takes half as long as a page of a head.
 EXACT_TOKENS = 16
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
@@ -420,12 +422,14 @@ def room_of(layer: Any) -> tuple[list[int], int]:
 
 def columns(layer: Any) -> list[float]:
     """How long a page of each head takes, in columns; more where its values wait for its keys."""
+    room = shared(layer, TILE, TILE).room
+    waits = [n > room for n in room_of(layer)[0]]
+    values = [sum(v) for v in layer.value.operand.counts]
     if layer.decoder is not None:
-        counts = zip(layer.decoder.counts, layer.value.operand.counts, strict=True)
-        return [110 + 64 * blocks + sum(v) / 2 for blocks, v in counts]
-    room, apart = shared(layer, TILE, TILE).room, room_of(layer)[0]
-    counts = zip(layer.key.operand.counts, layer.value.operand.counts, apart, strict=True)
-    return [(OF_PAGE + sum(k) + sum(v)) / (1 if n <= room else OVER) for k, v, n in counts]
+        about = zip(layer.decoder.counts, values, waits, strict=True)
+        return [OF_DECODED_PAGE + 64 * b + 0.6 * v + DECODED_WAIT * w for b, v, w in about]
+    about = zip(map(sum, layer.key.operand.counts), values, waits, strict=True)
+    return [(OF_PAGE + k + v) / (OVER if w else 1) for k, v, w in about]
 
 
 def query_bytes(layer: Any, m: int) -> int:
