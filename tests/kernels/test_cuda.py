@@ -203,6 +203,7 @@ def test_each_code_has_a_workspace_that_it_fits_into(monkeypatch):
         made.native = cuda.native(made)
         work = cuda_decode._work(made, 2, 1, 4, 4, 7, 196, torch.device("cpu"))
         assert work.query.shape[-1] * 2 == cuda.query_bytes(made, 4), name
+        assert cuda.query_bytes(made, 4) % 128 == 0, name  # lines of L2 that no other page has
         assert work.sums.shape[-1] == made.value.columns
 
 

@@ -375,7 +375,7 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     q = query_bytes(layer, m)
     # a step and a zero point for each segment and channel, or a gain a token
     extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
-    of_page = up(q, 128) * c["PAGED"] if layer.decoder is None else 8 * layer.key_dim
+    of_page = q * c["PAGED"] if layer.decoder is None else 8 * layer.key_dim
     columns_at = 128 + extra + of_page + BLOCK * mean_n * 2 * c["MEAN"]
     apart, least = room_of(layer)
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
@@ -433,9 +433,12 @@ def columns(layer: Any) -> list[float]:
 
 
 def query_bytes(layer: Any, m: int) -> int:
-    """Bytes of the columns' queries of a page and program, and of what belongs to them."""
+    """Bytes of the columns' queries of a page and program, and of what belongs to them.
+
+    Whole lines of the L2 cache, which are forgotten when they have been read.
+    """
     columns = layer.key.columns
-    return 2 * TILE * columns + 8 * TILE if whole_keys(layer) else 2 * m * columns
+    return up(2 * TILE * columns + 8 * TILE if whole_keys(layer) else 2 * m * columns, 128)
 
 
 def prepare_bytes(layer: Any, m: int, turned: int) -> int:

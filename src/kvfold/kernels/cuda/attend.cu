@@ -440,7 +440,7 @@ __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, 
 #define EXTRA_AT 128  // copies to whole lines are much faster
 #define K_EXTRA (K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0)
 #define QUERY_AT (EXTRA_AT + K_EXTRA)
-#define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 8 : PAGED ? (Q_BYTES + 127) / 128 * 128 : 0))
+#define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 8 : PAGED ? Q_BYTES : 0))
 #define V_EXTRA (BLOCK * V_GAIN * V_GROUPS)
 #define COLUMNS_AT (MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0))
 
@@ -721,6 +721,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         if (c.other) copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
         else copy_page(c.to, address + c.from, c.key_bytes, key_barrier);
     };
+    auto place = [&] { return (walk->row * tiles + walk->tile) * HEADS + walk->head; };
+    // Pages' queries are more than the L2 cache holds beside pages; what is not read again need not go back
+    // to memory
+    auto forget_others = [&](int page) {
+        const u64 at = (u64)place() * capacity + page;
+        auto forget = [&](const u8* from, int bytes) {
+            for (int i = lane * 128; i < bytes; i += 32 * 128)
+                asm volatile("discard.global.L2 [%0], 128;" ::"l"(from + i) : "memory");
+        };
+        if (PAGED) forget(q + at * Q_BYTES, TERMS_BYTES + tiles_of(&walk->k4) * Q_CHUNK);
+        if (PAGED && MEAN) forget(means + at * (BLOCK * MEAN_N * 2), BLOCK * MEAN_N * 2);
+    };
     auto fetch_others = [&] {  // what comes from the launch before
         if (!TOKEN && page < high && c.key_bytes && c.other)
             copy(c.to, c.other + (u64)page * c.stride, c.key_bytes, key_barrier);
@@ -732,7 +744,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     auto hold = [&](int number) {
         held = slabs[number / slab_pages] + (u64)(number % slab_pages) * page_bytes;
     };
-    auto place = [&] { return (walk->row * tiles + walk->tile) * HEADS + walk->head; };
 #if OWN
     Own own;
     bool own_has;  // a query, of a lane
@@ -857,6 +868,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             __syncwarp();
             if (!apart) fetch_values(address);
             else if (page + WARPS < high) fetch_columns(next);
+            forget_others(page);
             if (WHOLE_KEYS) find_terms(queries_in);
             float w[2][4][2];
             if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, room, l);

@@ -12,7 +12,7 @@
 #define KC (K4 + K2 + K1)  // slots of 16 columns
 #define TERMS_BYTES (WHOLE_KEYS ? 32 : 0)
 #define Q_CHUNK (WHOLE_KEYS ? 128 : M * 32)
-#define Q_BYTES (TERMS_BYTES + KC * Q_CHUNK)
+#define Q_BYTES ((TERMS_BYTES + KC * Q_CHUNK + 127) / 128 * 128)  // whole lines of the L2 cache
 #define MAGIC 8421376.0f  // 2^23 + 2^15: the low 16 bits of a sum with it are the rounded number and 2^15
 
 __device__ __forceinline__ int chunks(int columns) { return (columns + 15) >> 4; }
