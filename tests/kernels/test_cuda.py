@@ -227,6 +227,16 @@ def test_programs_of_merge_share_queries_evenly():
     assert [found[3, n] for n in (8, 60, 256)] == [1, 3, 3]
 
 
+def test_counts_are_constants_where_all_heads_have_all_columns():
+    made = layer("kivi4-g64", 128)
+    assert cuda.full(made)
+    assert cuda.macros(made, 4, 4, False, torch.bfloat16)["FULL"] == 1
+    counts = made.value.operand.counts
+    fewer = [*counts[:-1], (counts[-1][0] - 16, *counts[-1][1:])]
+    value = SimpleNamespace(operand=SimpleNamespace(counts=fewer), chunks=made.value.chunks)
+    assert not cuda.full(SimpleNamespace(key=made.key, value=value))
+
+
 @pytest.mark.parametrize("name", ["fisher2", "fisher2-pre"])
 def test_pages_whose_values_wait_for_room_cost_more(name, monkeypatch):
     made = layer(name, 128)

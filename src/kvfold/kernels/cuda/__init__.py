@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvfold.kernels.cuda import before_rope, build
-from kvfold.packing import SECTIONS
+from kvfold.packing import CHUNK, SECTIONS
 
 FOLDER = Path(__file__).parent
 #: queries of a program: with two bytes each, the eight columns of a product.
@@ -260,7 +260,8 @@ def macros(
         "EXACT": EXACT_TOKENS,
         "TOKEN": layer.decoder.blocks if layer.decoder else 0,
     }
-    found |= {"K_WHOLE": int(layer.key.whole > 0), "WARPS": cut.warps, "PROGRAMS": cut.programs}
+    found |= {"K_WHOLE": int(layer.key.whole > 0), "FULL": int(full(layer))}
+    found |= {"WARPS": cut.warps, "PROGRAMS": cut.programs}
     for name, side in (("K", layer.key), ("V", layer.value)):
         found[f"{name}_LEVELS"] = int(side.levels is not None)
         if side.levels is not None:
@@ -272,6 +273,16 @@ def macros(
                 ]
                 found[f"{name}_TABLE_{part}"] = ",".join(f"0x{w:08x}u" for w in words)
     return found
+
+
+def full(layer: Any) -> bool:
+    """Whether all heads have all columns of all chunks."""
+    return all(
+        count == CHUNK * chunks
+        for side in (layer.key, layer.value)
+        for counts in side.operand.counts
+        for count, chunks in zip(counts, side.chunks, strict=True)
+    )
 
 
 def zero_at(layer: Any) -> int:

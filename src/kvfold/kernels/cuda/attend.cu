@@ -28,7 +28,7 @@
 // Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
 // ONCE (no other program reads its pages), SENT (queries of columns hold for all pages, and come from the
 // launch before), D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE (sections are multiples of
-// 16), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), TOKEN
+// 16), FULL (all heads have all columns of all slots), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), TOKEN
 // (keys were coded before RoPE: before_rope.cuh), and flags.
 
 #define VC (V4 + V2 + V1)
@@ -178,7 +178,7 @@ __device__ __forceinline__ void add_scores(float (*s)[4][2], const u8* words, in
     queries += (l.g >> 1) * 32 + l.c * 8 + (l.g & 1) * 4;
     int sums[2][4][4] = {};
     const int shift = WIDTH == 1 ? 4 * (l.first >> 3) : 0;
-#pragma unroll 1
+#pragma unroll (FULL ? 2 : 1)
     for (int j = 0; j < count; j += 32) {
         u32 b[2], low[SETS][4], high[SETS][4];
 #pragma unroll
@@ -284,29 +284,30 @@ __device__ __forceinline__ void add_sum(float* at, float alpha, float fresh) {
     *at = *at * alpha + fresh;
 }
 
-// sums over the tokens of a page for columns: weights by the token pairs that share a byte mask.
-// Width 4: h[0 or 1][half of the lanes], quarters f and f + 2; else h[quarter][0], both halves
+// Sums over the tokens of a page for columns: weights by the token pairs that share a byte mask.
+// Width 4: h[0 or 1][half of the lanes], quarters f and f + 2; else h[quarter][0], both halves. A chunk is
+// multiplied before the one in front of it is added, and the one behind it is read in between; what lies
+// behind the last is not used.
 template <int WIDTH>
 __device__ __forceinline__ void add_values(float* sums, const u8* words, int count,
                                            const u32 (*h)[2], float unit, float alpha, const Lane& l) {
     const int ROWS = 8 * WIDTH, SETS = WIDTH == 4 ? 2 : 1;
+    if (count <= 0) return;
     words += l.g * (ROWS * 2) + (WIDTH == 1 ? (l.c & 1) * 8 : l.c * 8);
     sums += l.g * 4 + l.c;
     const int part = WIDTH == 1 ? 4 * (l.c >> 1) : 0;
-#pragma unroll 2
-    for (int j = 0; j < count; j += 16) {
-        // quarters in the lower and in the upper place of a pair: their sums are 2^WIDTH apart
-        int fresh[2][4] = {};
-        u32 x[SETS][4];
+    const float below = unit * power(-WIDTH);
+    u32 x[SETS][4];
+    auto read = [&] {
 #pragma unroll
         for (int r = 0; r < SETS; ++r) {
             uint2 low = pair(words + 32 * r), high = pair(words + 8 * (ROWS * 2) + 32 * r);
-            x[r][0] = low.x, x[r][2] = low.y, x[r][1] = high.x, x[r][3] = high.y;
+            x[r][0] = low.x >> part, x[r][2] = low.y >> part, x[r][1] = high.x >> part, x[r][3] = high.y >> part;
         }
-        if (WIDTH == 1) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[0][i] >>= part;
-        }
+        words += 16 * ROWS * 2;
+    };
+    // quarters in the lower and in the upper place of a pair: their sums are 2^WIDTH apart
+    auto multiply = [&](int (*fresh)[4]) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {  // quarters, or width 4: fields of halves
             const int r = WIDTH == 4 ? k & 1 : 0, f = WIDTH == 4 ? k >> 1 : k;
@@ -316,15 +317,26 @@ __device__ __forceinline__ void add_values(float* sums, const u8* words, int cou
             for (int i = 0; i < 4; ++i) a[i] = x[r][i] >> (WIDTH * (f & 2)) & mask;
             product_p(fresh[f & 1], a, h[k][0], h[k][1]);
         }
-        const float below = unit * power(-WIDTH);
+    };
+    auto add = [&](const int (*fresh)[4]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int high = (fresh[0][2 * i] << WIDTH) + fresh[1][2 * i];
             int low = (fresh[0][2 * i + 1] << WIDTH) + fresh[1][2 * i + 1];
             add_sum(sums + 32 * i, alpha, (float)(high * 256 + low) * below);
         }
-        words += 16 * ROWS * 2, sums += 64;
+        sums += 64;
+    };
+    int before[2][4] = {};
+    read(), multiply(before), read();
+#pragma unroll (FULL ? 4 : 2)
+    for (int j = 16; j < count; j += 16) {
+        int fresh[2][4] = {};
+        multiply(fresh), read(), add(before);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) before[0][i] = fresh[0][i], before[1][i] = fresh[1][i];
     }
+    add(before);
 }
 
 // the same by products of float16; weights h[half of the lanes][quarter][2]
@@ -828,7 +840,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             if (page < high) wait(key_barrier, walk->done & 1);
             const u8* queries_in = PAGED ? mine + QUERY_AT : shared;
             const u8* steps = mine + EXTRA_AT;
-            const int k4 = walk->k4, k2 = walk->k2, k1 = walk->k1;
+            const int k4 = FULL ? K4 * 16 : walk->k4, k2 = FULL ? K2 * 16 : walk->k2, k1 = FULL ? K1 * 16 : walk->k1;
             const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
             const u8 *q4 = queries_in + TERMS_BYTES, *q2 = q4 + chunks(k4) * Q_CHUNK, *q1 = q2 + chunks(k2) * Q_CHUNK;
 #if TOKEN
@@ -912,7 +924,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 
             wait(value_barrier, walk->done & 1);
             const int FIRST = V4 ? V4 : V2 ? V2 : V1, VB = V4 ? 4 : V2 ? 2 : 1;
-            const int v4 = walk->v4, v2 = walk->v2, v1 = walk->v1, weights_at = v4 * 64 + v2 * 32 + v1 * 16;
+            const int v4 = FULL ? V4 * 16 : walk->v4, v2 = FULL ? V2 * 16 : walk->v2, v1 = FULL ? V1 * 16 : walk->v1;
+            const int weights_at = v4 * 64 + v2 * 32 + v1 * 16;
             const u8 *v2_in = values_in + v4 * 64, *v1_in = v2_in + v2 * 32;
 #pragma unroll
             for (int group = 0; group < V_GROUPS; ++group) {
