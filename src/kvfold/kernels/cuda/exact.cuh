@@ -6,8 +6,9 @@
 //   values   A = weights [16 x 16 tokens],           B = values  [16 tokens x 8 channels]
 //
 // A weight is the sum of two such numbers, the second in the rows from 8 on. What is read of an item is
-// asked for before any of it is used, up to 128 channels of it; positions an item earlier, as slots that are
-// all empty are not read. States of 32 bits are multiplied one by one.
+// asked for before any of it is used, up to 128 channels of it, or 64 where keys are decoded, which needs the
+// registers; positions an item earlier, as slots that are all empty are not read. States of 32 bits are
+// multiplied one by one.
 
 struct ExactTokens {  // of all items
     const State *q, *keys, *values;
@@ -47,8 +48,8 @@ struct ExactItem {
 #if DTYPE != 2
 #define KEY_CHUNKS ((D_K / 8 + 3) / 4)  // 16 bytes of a row each, of a lane
 #define VALUE_CHUNKS ((D_V / 8 + 7) / 8)
-#define KEYS_AT_ONCE (KEY_CHUNKS < 4 ? KEY_CHUNKS : 4)
-#define VALUES_AT_ONCE (VALUE_CHUNKS < 2 ? VALUE_CHUNKS : 2)
+#define VALUES_AT_ONCE (TOKEN || VALUE_CHUNKS < 2 ? 1 : 2)
+#define KEYS_AT_ONCE (KEY_CHUNKS < 2 * VALUES_AT_ONCE ? KEY_CHUNKS : 2 * VALUES_AT_ONCE)
 
 __device__ __forceinline__ void product_s(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if DTYPE == 1
