@@ -97,6 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
         for (int i = 8 * thread; i < count; i += 8 * THREADS)
             asm volatile("prefetch.global.L1 [%0];" ::"l"(from + i));
     };
+    if (thread == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(query_tokens + row * queries));
     if (GAIN_SUM) near(center + head * C, C), near(gain + head * D, D);
     if (MEAN) near(mean + head * D, D);
     if (OFFSET) near(offset + head * GROUPS * D, GROUPS * D);
