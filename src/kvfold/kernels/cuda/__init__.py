@@ -26,9 +26,9 @@ WARPS = 8, 12
 WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (8, 4)
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
-OVER = 0.70
-#: what it takes to begin at a row and head, in pages of each warp
-START = 0.9
+OVER = 0.78
+#: what it takes to begin at a row and head, in pages of each warp, and where keys are decoded
+START, DECODED_START = 0.9, 0.6
 #: what a page takes besides its columns, in columns
 OF_PAGE = 400
 #: the same where keys are decoded, and what waiting for keys takes there
@@ -499,7 +499,8 @@ def cut_for(
         room -= places  # where `send.cu` is
     programs = min(room, places * exact_splits + -(-places * capacity // cut.warps))
     programs = min(programs, (2**32 - 1) // max(places * exact_splits, 1))  # times items: 32 bits
-    costs, start = layer.cost, round(START * cut.warps * sum(layer.cost) / layer.heads)
+    each = START if layer.decoder is None else DECODED_START
+    costs, start = layer.cost, round(each * cut.warps * sum(layer.cost) / layer.heads)
     if len(set(costs)) == 1 or places * capacity <= programs * cut.warps:
         costs = (32,) * layer.heads  # pages of all heads take as long: a warp has one at most
         whole = -(-places // programs)
