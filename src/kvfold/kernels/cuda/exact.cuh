@@ -72,7 +72,7 @@ struct Exact {
 #pragma unroll
         for (int i = 0; i < KEYS_AT_ONCE; ++i) {
             const int chunk = c + 4 * (from + i);
-            const bool there = D_K % 32 == 0 || chunk < D_K / 8;
+            const bool there = D_K % (32 * KEYS_AT_ONCE) == 0 || chunk < D_K / 8;
 #pragma unroll
             for (int r = 0; r < 2; ++r)
                 key[r][i] = there ? once((const uint4*)(x.keys + item.slot(x, g + 8 * r) * D_K) + chunk) : uint4{};
@@ -84,7 +84,7 @@ struct Exact {
 #pragma unroll
         for (int i = 0; i < VALUES_AT_ONCE; ++i) {
             const int chunk = g + 8 * (from + i);
-            const bool there = D_V % 64 == 0 || chunk < D_V / 8;
+            const bool there = D_V % (64 * VALUES_AT_ONCE) == 0 || chunk < D_V / 8;
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
                 const u64 slot = item.slot(x, 2 * c + (t & 1) + 8 * (t >> 1));
