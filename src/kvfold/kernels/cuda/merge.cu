@@ -45,7 +45,8 @@ struct Parts {
             if (s < count) ask(s, &state[k], ahead[k]);
         }
     }
-    __device__ __forceinline__ void add_all(float* to, float top) const {
+    // real: which of the first 32 parts have tokens
+    __device__ __forceinline__ void add_all(float* to, float top, u32 real) const {
         float4 x[CHUNKS] = {};
         auto add = [&](float state, const float4* y) {
             if (state <= LOWEST * 0.5f) return;  // without tokens nothing is there
@@ -58,9 +59,9 @@ struct Parts {
         for (int k = 0; k < AHEAD; ++k) add(state[k], ahead[k]);
 #pragma unroll 4
         for (int s = first + AHEAD * SPLIT_GROUPS; s < count; s += SPLIT_GROUPS) {
-            float state;
+            float state = LOWEST;
             float4 y[CHUNKS];
-            ask(s, &state, y);
+            if (s > 31 || real >> s & 1) ask(s, &state, y);
             add(state, y);
         }
 #pragma unroll
@@ -143,8 +144,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
             top = fmaxf(top, logit);
         }
         for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
-        pages.add_all(found + (first * PER + k) * C, top);
-        tokens.add_all(fresh + (first * PER + k) * D, top);
+        const u32 real = __ballot_sync(0xffffffffu, exact_mine[0] > LOWEST * 0.5f);
+        pages.add_all(found + (first * PER + k) * C, top, 0xffffffffu);
+        tokens.add_all(fresh + (first * PER + k) * D, top, real);
         if (first == SPLIT_GROUPS - 1) {
             auto weight = [&](float state) { return state > LOWEST * 0.5f ? exp2f(state - top) : 0.0f; };
             float total[STATE];  // of the pages alone: index 1 is the norm
