@@ -96,6 +96,7 @@ def test_all_warps_that_launches_count_on_have_registers(name, dim, tmp_path):
     assert cuda.refuses(made) is None
     cut = cuda.shared(made, 4, 4)
     assert cut.programs * cut.warps >= 4
+    assert cut.warp - cut.sums_at >= 16 * 64 + 14 * 64  # read behind: a chunk, and most of one
     jobs = [
         (
             "attend",
@@ -203,7 +204,8 @@ def test_each_code_has_a_workspace_that_it_fits_into(monkeypatch):
         made.native = cuda.native(made)
         work = cuda_decode._work(made, 2, 1, 4, 4, 7, 196, torch.device("cpu"))
         assert work.query.shape[-1] * 2 == cuda.query_bytes(made, 4), name
-        assert cuda.query_bytes(made, 4) % 128 == 0, name  # lines of L2 that no other page has
+        for m in (1, 2, 3, 4):  # lines of L2 that no other page has
+            assert cuda.query_bytes(made, m) % 128 == 0, name
         assert work.sums.shape[-1] == made.value.columns
 
 
@@ -235,6 +237,7 @@ def test_counts_are_constants_where_all_heads_have_all_columns():
     fewer = [*counts[:-1], (counts[-1][0] - 16, *counts[-1][1:])]
     value = SimpleNamespace(operand=SimpleNamespace(counts=fewer), chunks=made.value.chunks)
     assert not cuda.full(SimpleNamespace(key=made.key, value=value))
+    assert not cuda.full(SimpleNamespace(key=value, value=made.value))
 
 
 @pytest.mark.parametrize("name", ["fisher2", "fisher2-pre"])

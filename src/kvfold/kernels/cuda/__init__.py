@@ -35,6 +35,8 @@ OF_PAGE = 400
 OF_DECODED_PAGE, DECODED_WAIT = 120, 80
 #: exact tokens of an item of work, which takes half as long as a page of a head.
 EXACT_TOKENS = 16
+#: bytes that are read behind a page's values at most, and not used: two chunks of 4 bits
+BEHIND = 2 * CHUNK * 64
 #: bytes of shared memory of a multiprocessor, of a program at most, and what each costs besides.
 SHARED, SHARED_OF_PROGRAM, RESERVED = 233_472, 232_448, 1024
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -392,7 +394,7 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
     gains = 4 * BLOCK * (c["K_GAIN"] == 1 or c["V_GAIN"] == 1)  # made of bytes
-    rest = columns_at + max(layer.value.columns * TILE * 4 + ends + gains, exact)
+    rest = columns_at + max(layer.value.columns * TILE * 4 + ends + gains, exact, BEHIND)
     widths = sum(chunks > 0 for side in (layer.key, layer.value) for chunks in side.chunks)
     of_all, of_program, of_device = 0, WARPS_OF_PROGRAM, WARPS[widths > 2]
     own = layer.decoder is None and not c["PAGED"]  # queries of all pages, and what their sums take
@@ -419,7 +421,7 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
 def room_of(layer: Any) -> tuple[list[int], int]:
     """Bytes of a page's keys and values side by side, for each head, and of the largest alone.
 
-    Values lie behind keys, or over them: of a section's last chunks what lies behind is read too.
+    Values lie behind keys, or over them. What lies behind a section is read too, up to `BEHIND`.
     """
     c = layer.constants
     keys, values = (

@@ -48,8 +48,9 @@ struct ExactItem {
 #if DTYPE != 2
 #define KEY_CHUNKS ((D_K / 8 + 3) / 4)  // 16 bytes of a row each, of a lane
 #define VALUE_CHUNKS ((D_V / 8 + 7) / 8)
-#define VALUES_AT_ONCE (TOKEN || VALUE_CHUNKS < 2 ? 1 : 2)
-#define KEYS_AT_ONCE (KEY_CHUNKS < 2 * VALUES_AT_ONCE ? KEY_CHUNKS : 2 * VALUES_AT_ONCE)
+#define AT_ONCE (TOKEN ? 2 : 4)
+#define KEYS_AT_ONCE (KEY_CHUNKS < AT_ONCE ? KEY_CHUNKS : AT_ONCE)
+#define VALUES_AT_ONCE (VALUE_CHUNKS < AT_ONCE / 2 ? VALUE_CHUNKS : AT_ONCE / 2)
 
 __device__ __forceinline__ void product_s(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if DTYPE == 1
