@@ -617,7 +617,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, BARRIER_AT = PLAIN_AT + (M * PLAIN + 4) * 4;
     const int BRINGERS_AT = BARRIER_AT + 16, WARPS_AT = (BRINGERS_AT + BRINGERS * BRINGER_BYTES + 127) / 128 * 128;
     const u32 head_barrier = shared_address(shared + BARRIER_AT);
-    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(head_barrier));
+    if (threadIdx.x == 0) init_barrier(head_barrier);
     const Decoder decoder{(const Part*)(shared + HEAD_AT), shared_address(shared + HEAD_AT + TOKEN * 128),
                           (const uint4*)shared};
 #else
@@ -643,14 +643,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     float* ends = (float*)(mine + sums_at + ENDS);  // [STATE][4] of this warp
     float* room = ends + STATE * 4;                 // [BLOCK] for `numbers`
     if (lane == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(key_barrier));
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(value_barrier));
-        if (TOKEN) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(key_barrier + 16));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(value_barrier + 16));
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;");
-        asm volatile("fence.proxy.async.shared::cta;");
+        init_barrier(key_barrier), init_barrier(value_barrier);
+        if (TOKEN) init_barrier(key_barrier + 16), init_barrier(value_barrier + 16);
+        show_barriers();
     }
     __syncwarp();
     const Cut cut = cut_of(folded, here, rows, tiles, costs, rows * tiles * HEADS * exact_splits, exact_cost,
@@ -742,7 +737,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             for (int i = lane * 128; i < bytes; i += 32 * 128)
                 asm volatile("discard.global.L2 [%0], 128;" ::"l"(from + i) : "memory");
         };
-        if (PAGED) forget(q + at * Q_BYTES, TERMS_BYTES + tiles_of(&walk->k4) * Q_CHUNK);
+        if (PAGED) forget(q + at * Q_BYTES, TERMS_BYTES + tiles_of(walk->k4, walk->k2, walk->k1) * Q_CHUNK);
         if (PAGED && MEAN) forget(means + at * (BLOCK * MEAN_N * 2), BLOCK * MEAN_N * 2);
     };
     auto fetch_others = [&] {  // what comes from the launch before
@@ -761,8 +756,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     bool own_has;  // a query, of a lane
     auto make_queries = [&] {
         if (any)
-            own.make(shared, own_has ? scale : 0.0f, walk->head, tiles_of(&walk->k4), operands, centers,
-                     (float)unscale, warp, lane);
+            own.make(shared, own_has ? scale : 0.0f, walk->head, tiles_of(walk->k4, walk->k2, walk->k1), operands,
+                     centers, (float)unscale, warp, lane);
     };
 #endif
     auto begin_place = [&] {

@@ -192,8 +192,7 @@ __device__ __forceinline__ float load_query(float* plain, const State* q, const 
                                             int n, int query_heads, int queries, int group, float scale,
                                             float unscale, int lane) {
     const int which = walk->tile * M + n;
-    const State* at = q + ((u64)((walk->row * query_heads + walk->head * group + which / queries) * queries +
-                                 which % queries)) * D_K;
+    const State* at = query_at(q, *walk, n, query_heads, queries, group);
     float x[(D_K + 31) / 32], sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < (D_K + 31) / 32; ++i) {

@@ -17,8 +17,11 @@
 
 __device__ __forceinline__ int chunks(int columns) { return (columns + 15) >> 4; }
 
-__device__ __forceinline__ int tiles_of(const int* counts) {  // of 4, 2 and 1 bits
-    return chunks(counts[0]) + chunks(counts[1]) + chunks(counts[2]);
+__device__ __forceinline__ int tiles_of(int k4, int k2, int k1) { return chunks(k4) + chunks(k2) + chunks(k1); }
+// of a head's entry in the layer's table
+__device__ __forceinline__ int tiles_of(const int* heads, int head) {
+    const int* counts = heads + head * 16 + 6;
+    return tiles_of(counts[0], counts[1], counts[2]);
 }
 
 // sum + the two numbers of x, unsigned, times signed bytes 0 and 1, or 2 and 3, of y

@@ -82,11 +82,17 @@ __device__ __forceinline__ void product(float* d, const u32* a, u32 b0, u32 b1) 
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
 }
-// a barrier of one arrival, before other threads or copies know of it
-__device__ __forceinline__ void begin_barrier(u32 barrier) {
+// barriers of one arrival; copies may know of those that have been shown
+__device__ __forceinline__ void init_barrier(u32 barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+}
+__device__ __forceinline__ void show_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;");
     asm volatile("fence.proxy.async.shared::cta;");
+}
+__device__ __forceinline__ void begin_barrier(u32 barrier) {
+    init_barrier(barrier);
+    show_barriers();
 }
 __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     asm volatile(

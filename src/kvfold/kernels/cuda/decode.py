@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.cache.timeline import Located
+from kvfold.cache.timeline import Located, upload
 from kvfold.kernels import cuda
 from kvfold.kernels.triton.prepare import power_of_two
 
@@ -59,9 +59,7 @@ def _work(
     exact_splits, places = -(-exact // cuda.EXACT_TOKENS), rows * tiles * layer.heads
     sent = held > 0 and cuda.sends(layer, places, sms)
     programs, costs, start = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
-    before = torch.tensor([0, *accumulate(costs)], dtype=torch.int32)
-    if device.type == "cuda":  # nothing waits
-        before = before.pin_memory().to(device, non_blocking=True)
+    before = upload(torch.tensor([0, *accumulate(costs)], dtype=torch.int32), device)
     pages, groups = max(held, 1), int(c["V_GROUPS"])
     paged = bool(c["PAGED"])
 

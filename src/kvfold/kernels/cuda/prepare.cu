@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) prepare(
     }
 
     // the head's tiles: of the mean, of the columns that it has, of the gain
-    const int columns = tiles_of(heads + head * 16 + 6);
+    const int columns = tiles_of(heads, head);
     const bool apart = gridDim.z > 1, means_only = apart && blockIdx.z;
     const int all = PAGED && !means_only ? MEANS + columns + 1 : MEANS, skipped = apart && !means_only ? MEANS / 4 : 0;
     const int to = min(from + run_pages, pages);

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) send(
     Own own;
     own.ask(query_at(q, place, has ? own_query(lane) : 0, query_heads, queries, group), place.head, operands, centers,
             about, warp, lane);
-    own.make(made, has ? (float)scale : 0.0f, place.head, tiles_of(heads + place.head * 16 + 6), operands, centers,
+    own.make(made, has ? (float)scale : 0.0f, place.head, tiles_of(heads, place.head), operands, centers,
              (float)unscale, warp, lane);
     __syncthreads();
     if (warp == 0) own.finish(made, (uint4*)(out + (u64)blockIdx.x * Q_BYTES), lane);
