@@ -256,7 +256,7 @@ def macros(
     for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
         found[name] = int(c[name])
     found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype], "ONCE": int(once)}
-    found["SENT"] = int(sent)
+    found |= {"SENT": int(sent), "Q_BYTES": query_bytes(layer, m)}
     found |= {
         "ZERO_AT": zero_at(layer),
         "EXACT": EXACT_TOKENS,
@@ -314,7 +314,7 @@ def send_macros(layer: Any, m: int, dtype: torch.dtype) -> dict[str, int | str]:
     """The constants that `send.cu` is compiled with."""
     found: dict[str, int | str] = {name: int(layer.constants[name]) for name in ("K4", "K2", "K1")}
     found |= {"HEADS": layer.heads, "M": m, "D_K": layer.key_dim, "DTYPE": DTYPES[dtype]}
-    return found | {"WHOLE_KEYS": int(whole_keys(layer))}
+    return found | {"WHOLE_KEYS": int(whole_keys(layer)), "Q_BYTES": query_bytes(layer, m)}
 
 
 def merge_macros(

@@ -27,9 +27,10 @@
 //
 // Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
 // ONCE (no other program reads its pages), SENT (queries of columns hold for all pages, and come from the
-// launch before), D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE (sections are multiples of
-// 16), FULL (all heads have all columns of all slots), K_GAIN.. (bytes), V_GROUPS, SEGMENTS, K_LEVELS..,
-// ZERO_AT (first byte of keys' zero points), TOKEN (keys were coded before RoPE: before_rope.cuh), and flags.
+// launch before), Q_BYTES (of columns' queries), D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE
+// (sections are multiples of 16), FULL (all heads have all columns of all slots), K_GAIN.. (bytes), V_GROUPS,
+// SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), TOKEN (keys were coded before RoPE:
+// before_rope.cuh), and flags.
 
 #define VC (V4 + V2 + V1)
 #define STATE (2 + 2 * V_GROUPS)

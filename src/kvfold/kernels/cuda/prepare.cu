@@ -16,9 +16,9 @@
 // Operands of products lie as wgmma wants them, [step of 16 channels][8 rows][2][8][8 channels]: see
 // __init__.py, `operands`.
 //
-// Constants come as macros, see __init__.py: HEADS, M, D_K, K4, K2, K1 (slots of 16 columns of a section),
-// GROUPS (of four tiles, of all heads' most), PASS, MEAN_N, DTYPE, WHOLE_KEYS, PAGED, MEAN, TURN, ROPE_D (row
-// length of `rope`), HALVES (channels that are D_K / 2 apart turn by the same angle).
+// Constants come as macros, see __init__.py: HEADS, M, D_K, Q_BYTES, K4, K2, K1 (slots of 16 columns of a
+// section), GROUPS (of four tiles, of all heads' most), PASS, MEAN_N, DTYPE, WHOLE_KEYS, PAGED, MEAN, TURN,
+// ROPE_D (row length of `rope`), HALVES (channels that are D_K / 2 apart turn by the same angle).
 
 #define MEANS (MEAN ? BLOCK / 16 : 0)  // tiles
 #define GROUP_BYTES (KS * 2048)

@@ -7,8 +7,8 @@
 // Queries of columns that hold for all pages of a row and KV head, for sm_90: the launch before attention
 // where rows are few, so that each program of attention need not make them, while it finds its pages.
 //
-// Constants come as macros, see __init__.py: HEADS, M, D_K, K4, K2, K1 (slots of 16 columns of a section),
-// DTYPE, WHOLE_KEYS.
+// Constants come as macros, see __init__.py: HEADS, M, D_K, Q_BYTES, K4, K2, K1 (slots of 16 columns of a
+// section), DTYPE, WHOLE_KEYS.
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) send(
     const State* q, const int* heads, const uint4* operands, const u32* centers, const float2* about, u8* out,
