@@ -501,8 +501,8 @@ def cut_for(
         room -= places  # where `send.cu` is
     programs = min(room, places * exact_splits + -(-places * capacity // cut.warps))
     programs = min(programs, (2**32 - 1) // max(places * exact_splits, 1))  # times items: 32 bits
-    each = START if layer.decoder is None else DECODED_START
-    costs, start = layer.cost, round(each * cut.warps * sum(layer.cost) / layer.heads)
+    pages = START if layer.decoder is None else DECODED_START
+    costs, start = layer.cost, round(pages * cut.warps * sum(layer.cost) / layer.heads)
     if len(set(costs)) == 1 or places * capacity <= programs * cut.warps:
         costs = (32,) * layer.heads  # pages of all heads take as long: a warp has one at most
         whole = -(-places // programs)

@@ -4,9 +4,9 @@
 //
 // A program takes a run of pages, which may go on from one head or row to the next (`Cut`), for up to
 // 4 queries of the head's group; the warps take turns. Items of 16 exact tokens, a warp each, come while
-// the first pages are on their way, or before where keys are decoded. Bulk copies bring what a warp reads of a
-// page into its part of shared memory: keys, and values behind them; the next page's take the places of
-// what has been used, so that half a page's work lies between a copy and its use. The loop over pages
+// the first pages are on their way, or before where keys are decoded. Bulk copies bring what a warp reads
+// of a page into its part of shared memory: keys, and values behind them; the next page's take the places
+// of what has been used, so that half a page's work lies between a copy and its use. The loop over pages
 // reads addresses of 32 pages at once and nothing else from global memory, which would wait behind the
 // copies, and so must not spill. Registers of packed words are the operands of products after one `and` a
 // field: field f of a 16-bit lane is the subnormal float16 number digit * 2^(position - 24). Products are
@@ -607,13 +607,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     if (!capacity || TOKEN || OWN) wait_for_launch_before();  // no launch before has waited
     const int here = pages_at(folded, lane, rows);  // it is on its way
     const Costs costs{costs_, (u32)costs_[HEADS], (u32)start_cost};
-    // by sectors of 32 bytes
-    for (int i = lane; i < 2 * HEADS; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(heads + i * 8));
-    for (int i = lane; i <= HEADS / 8; i += 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(costs_ + i * 8));
-    if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(slabs));
+    for (int i = lane; i < 2 * HEADS; i += 32) bring_near(heads + i * 8);
+    for (int i = lane; i <= HEADS / 8; i += 32) bring_near(costs_ + i * 8);
+    if (lane == 0) bring_near(slabs);
 
-    // shared: queries of the columns, of all pages, and what warps add up of them; then each warp's part: barriers, what else belongs to keys,
-    // columns of keys and then of values, sums (before them: queries and weights of exact float32 tokens)
+    // shared: queries of the columns, of all pages, and what warps add up of them; then each warp's part:
+    // barriers, what else belongs to keys, columns of keys and then of values, sums (before them: queries and
+    // weights of exact float32 tokens)
 #if TOKEN  // of all warps: turns and the head's tables; queries, walks and angles of those that bring pages
     const int HEAD_AT = TURNS_BYTES, PLAIN_AT = HEAD_AT + HEAD_BYTES, BARRIER_AT = PLAIN_AT + (M * PLAIN + 4) * 4;
     const int BRINGERS_AT = BARRIER_AT + 16, WARPS_AT = (BRINGERS_AT + BRINGERS * BRINGER_BYTES + 127) / 128 * 128;

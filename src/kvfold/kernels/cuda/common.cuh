@@ -109,6 +109,11 @@ __device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier) {
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// what will be read comes nearer, a sector of 32 bytes
+__device__ __forceinline__ void bring_near(const void* from) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+}
+
 // --- launches that begin before the one before has ended ------------------------------------------
 
 __device__ __forceinline__ void wait_for_launch_before() {

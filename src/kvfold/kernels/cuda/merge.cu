@@ -93,12 +93,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER > 2 ? 2 : 1) merge(
         copy(shared_address(staged), (u64)matrix, C * D * 2, barrier);
     }
 
-    // what is added comes nearer meanwhile, by sectors of 32 bytes
+    // what is added comes nearer meanwhile
     auto near = [&](const float* from, int count) {
-        for (int i = 8 * thread; i < count; i += 8 * THREADS)
-            asm volatile("prefetch.global.L1 [%0];" ::"l"(from + i));
+        for (int i = 8 * thread; i < count; i += 8 * THREADS) bring_near(from + i);
     };
-    if (thread == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(query_tokens + row * queries));
+    if (thread == 0) bring_near(query_tokens + row * queries);
     if (GAIN_SUM) near(center + head * C, C), near(gain + head * D, D);
     if (MEAN) near(mean + head * D, D);
     if (OFFSET) near(offset + head * GROUPS * D, GROUPS * D);
