@@ -176,6 +176,7 @@ def variants() -> list[Variant]:
         Variant("-one budget: per layer", Recipe(scope="layer")),
         Variant("-one budget: per head", Recipe(scope="head")),
         Variant("-6 bits: at most 4", Recipe(max_bits=4)),
+        Variant("-fewer columns", Recipe(slack=0.0)),
         Variant("-fitted levels", Recipe(fitted=False)),
         Variant("-gain", Recipe(gain=False), codec=NoGain),
         Variant("-reweighing by gains", Recipe(reweigh=0)),

@@ -1,6 +1,7 @@
 """The fit of `fisher`: transforms, the budget, levels, statistics; then tiny models end to end."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -17,15 +18,18 @@ from kvfold.calibration.fisher import (
     Recipe,
     SideStatistics,
     Statistics,
+    Transform,
     allocate,
     codecs_for,
+    hull,
     transform,
 )
-from kvfold.codec import Site
+from kvfold.codec import Side, Site
 from kvfold.codecs.fisher import Fisher, group_len, preset_of
 from kvfold.integrations import collect_fisher
 from kvfold.integrations.describe import UnsupportedError
 from kvfold.integrations.streaming import streaming
+from kvfold.packing import DIGITS
 from kvfold.quantizers.uniform import fit_affine, gaussian_affine
 from kvfold.transforms.rope import Rope
 
@@ -108,6 +112,53 @@ def test_allocation_is_the_optimum() -> None:
     gain_if_more = torch.where(w < 6, loss * (left[w] - left[(w + 1).clamp(max=6)]), 0.0)
     loss_if_less = torch.where(w > 0, loss * (left[(w - 1).clamp(min=0)] - left[w]), torch.inf)
     assert gain_if_more.max() <= loss_if_less.min() + 1e-9
+
+
+@pytest.mark.parametrize("price", [0.0, 0.3, 0.8, 1.0, 2.5, 4.0])
+def test_hull_holds_the_widths_that_some_exchange_rate_takes(price: float) -> None:
+    rates = torch.tensor([w + price * len(DIGITS[w]) for w in range(7)], dtype=torch.float64)
+    exchange = torch.logspace(-6, 2, 4001, dtype=torch.float64)[:, None]
+    best = (torch.tensor(DISTORTION, dtype=torch.float64) + exchange * rates).argmin(-1)
+    assert hull(price) == sorted(set(best.tolist()))
+
+
+@pytest.mark.parametrize("price", [0.0, 0.4, 1.0, 3.0])
+def test_no_widths_of_as_many_bits_and_columns_cost_less(price: float) -> None:
+    e = torch.rand(1, 5, generator=generator(90_021)).pow(6).sort(-1, descending=True)[0].double()
+    w = allocate({0: e}, 2.4, price=price)[0][0]
+    left = torch.tensor(DISTORTION, dtype=torch.float64)
+    columns = torch.tensor([len(DIGITS[b]) for b in range(7)])
+    others = torch.cartesian_prod(*[torch.arange(7)] * 5)
+    fits = (others.sum(-1) <= w.sum()) & (columns[others].sum(-1) <= columns[w].sum())
+    least = (e[0] * left[others[fits]]).sum(-1).min()
+    assert (e[0] * left[w]).sum() <= least + 1e-12
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_slack_buys_fewer_columns_at_the_same_bits(scope: str) -> None:
+    g = generator(90_022)
+    solved: dict[tuple[int, Side], Transform] = {
+        (layer, side): Transform(
+            torch.empty(0), torch.rand(4, 64, generator=g).pow(8).sort(-1, descending=True)[0]
+        )
+        for layer in range(4)
+        for side in get_args(Side)
+    }
+    found = {}
+    for slack in (0.0, 0.04):
+        fit = Fit(synthetic()[0], Recipe(slack=slack, scope=scope))  # type: ignore[arg-type]
+        widths = torch.stack(list(fit.widths(solved, Fisher(3.0)).values()))  # type: ignore[arg-type]
+        cost = torch.stack([made.cost for made in solved.values()])
+        columns = torch.tensor([len(DIGITS[b]) for b in range(7)])[widths].sum()
+        found[slack] = (
+            float((cost * torch.tensor(DISTORTION)[widths]).sum()),
+            int(columns),
+            float(widths.float().mean()),
+        )
+    (error, columns, bits), (more, fewer, same) = found[0.0], found[0.04]
+    assert error < more <= 1.04 * error * (1 + 1e-6), f"{more / error:.4f} times the error"
+    assert fewer < 0.92 * columns, f"{fewer} of {columns} columns"
+    assert bits - 0.05 < same <= bits
 
 
 # --- levels -----------------------------------------------------------------------------------

@@ -18,12 +18,15 @@ from torch import Tensor
 from kvfold.calibration.artefact import CalibrationError
 from kvfold.codec import Side
 from kvfold.codecs.fisher import FORMS, MAX_BITS, Fisher, Form, group_len, tag
+from kvfold.packing import DIGITS
 from kvfold.quantizers.gain import gain_byte, gain_table
 from kvfold.quantizers.uniform import fit_affine, gaussian_affine
 from kvfold.transforms.rope import Rope
 
 #: error of the best b-bit quantiser of N(0, 1) (Max 1960), what a width is expected to leave.
 DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000644)
+#: bits a column costs at most.
+DEAREST = 4.0
 #: version of the file of statistics.
 FORMAT = 1
 #: code bits whose gains reweigh the moments.
@@ -246,42 +249,75 @@ def transform(covariance: Tensor, metric: Tensor, ridge: float = 3e-2) -> Transf
 # --- the budget --------------------------------------------------------------------------------
 
 
+def hull(price: float, max_bits: int = MAX_BITS) -> list[int]:
+    """Widths that are worth having where a column costs `price` bits, from 0 on.
+
+    A coordinate of 3 or 5 bits is two columns, as one of 6 is; those that others between them beat
+    are left out.
+    """
+    kept = [0]
+    for width in range(1, max_bits + 1):
+        while _rate(width, price) <= _rate(kept[-1], price) or (
+            len(kept) > 1 and _slope(kept[-1], width, price) >= _slope(kept[-2], kept[-1], price)
+        ):
+            kept.pop()
+        kept.append(width)
+    return kept
+
+
+def _rate(width: int, price: float) -> float:
+    return width + price * len(DIGITS[width])
+
+
+def _slope(low: int, high: int, price: float) -> float:
+    """What a Gaussian's error falls by from one width to another, by what that costs."""
+    return (DISTORTION[low] - DISTORTION[high]) / (_rate(high, price) - _rate(low, price))
+
+
 def allocate(
     costs: Mapping[Any, Tensor],
     bits: float,
     *,
     max_bits: int = MAX_BITS,
+    price: float = 0.0,
     distortion: Mapping[Any, Tensor] | None = None,
 ) -> dict[Any, Tensor]:
     """Widths `[heads, dim]` of every entry by equal marginal gain, from one budget for all.
 
     `group_len` coordinates in a row share a width, so that the number of coordinates with more
-    than p bits is a multiple of it for every p. Bits are handed out where a bit per element saves
-    most; D is convex, so that this is the optimum.
+    than p bits is a multiple of it for every p. Bits are handed out where a bit per element, and
+    `price` of one for each column of digits, saves most; D is convex over the widths of `hull`, so
+    that this is the optimum.
 
     Args:
         costs: e `[heads, dim]` of each entry, falling along dim.
         bits: per element, over all entries.
         max_bits: widest code.
+        price: bits that a column costs besides its own; the budget is of code bits alone.
         distortion: D `[heads, dim, max_bits + 1]` of each entry in place of the Gaussian's.
 
     Returns:
-        integer widths; their sum is the budget, or less by under one group.
+        integer widths; their sum is the budget, or less by under one step of a group.
     """
     gains, sizes, places = [], [], []
-    gaussian = torch.tensor(DISTORTION, dtype=torch.float64)[: max_bits + 1]
+    gaussian = torch.tensor(DISTORTION, dtype=torch.float64)
+    kept = torch.tensor(hull(price, max_bits))
+    bits_of = kept.diff()
+    costs_of = torch.tensor([_rate(w, price) for w in kept.tolist()], dtype=torch.float64).diff()
     for key, e in costs.items():
         group = group_len(e.shape[-1])
         left = gaussian.to(e.device) if distortion is None else distortion[key].double()
-        loss = (e.double()[..., None] * left).unflatten(1, (-1, group)).sum(2)  # [H, groups, p]
-        # a running mean of later savings makes measured curves convex: never more for a later bit
-        saved = loss.diff(dim=-1).neg().cpu()
+        loss = e.double()[..., None] * left[..., kept.to(e.device)]
+        # [H, groups, steps]
+        saved = loss.unflatten(1, (-1, group)).sum(2).diff(dim=-1).neg().cpu() / costs_of
+        # a running mean of later savings makes measured curves convex: never more for a later step
         saved = torch.cummin(saved, -1).values
         saved = torch.cummin(saved, 1).values  # and never more for a lesser coordinate
-        gains.append(saved.movedim(-1, 0).flatten() / group)
-        sizes.append(torch.full((saved.numel(),), group))
-        places.append((key, saved.movedim(-1, 0).shape))
-    # stable, and a group's bits in order: among equals the first bit goes first
+        saved = saved.movedim(-1, 0)
+        gains.append(saved.flatten() / group)
+        sizes.append((bits_of * group).view(-1, 1, 1).expand(saved.shape).flatten())
+        places.append((key, saved.shape))
+    # stable, and a group's steps in order: among equals the first one goes first
     order = torch.cat(gains).argsort(descending=True, stable=True)
     size = torch.cat(sizes)
     budget = bits * sum(e.numel() for e in costs.values())
@@ -292,7 +328,7 @@ def allocate(
         part = taken[start : start + shape.numel()].view(shape)
         start += shape.numel()
         group = group_len(costs[key].shape[-1])
-        widths[key] = part.sum(0).repeat_interleave(group, -1)
+        widths[key] = (part * bits_of.view(-1, 1, 1)).sum(0).repeat_interleave(group, -1)
     return widths
 
 
@@ -306,6 +342,9 @@ class Recipe:
     Args:
         ridge: share of the identity in the metric.
         max_bits: widest code.
+        slack: share by which the expected error may rise for fewer columns of digits at the same
+            bits. Kernels multiply each column, whatever its width, and codes of 3, 5 and 6 bits are
+            two of them.
         scope: what shares a bit budget.
         metric: `"fisher"`, or `"plain"` for the identity of each head's mean sensitivity.
         centred_keys: remove the mean key.
@@ -326,6 +365,7 @@ class Recipe:
 
     ridge: float = 3e-2
     max_bits: int = MAX_BITS
+    slack: float = 0.04
     scope: Literal["model", "layer", "head"] = "model"
     metric: Literal["fisher", "plain"] = "fisher"
     centred_keys: bool = True
@@ -449,20 +489,30 @@ class Fit:
         costs = {
             key: made.cost * (sides[key[1]] * scale.get(key, 1.0)) for key, made in solved.items()
         }
-        more: dict[str, Any] = {"max_bits": self.recipe.max_bits}
-        widths = self._scoped(costs, codec.bits, more)
+        left: dict[tuple[int, Side], Tensor] | None = None
+        widths = self._scoped(costs, codec.bits, 0.0, left)
         if self.recipe.measured:
             left = {key: self._measured(key, solved[key], widths[key], codec) for key in costs}
-            widths = self._scoped(costs, codec.bits, more, left)
+            widths = self._scoped(costs, codec.bits, 0.0, left)
+        allowed = (1 + self.recipe.slack) * _expected(costs, widths, left)
+        low, high = 0.0, DEAREST
+        for _ in range(12 if self.recipe.slack else 0):
+            price = (low + high) / 2
+            tried = self._scoped(costs, codec.bits, price, left)
+            if _expected(costs, tried, left) <= allowed:
+                low, widths = price, tried
+            else:
+                high = price
         return widths
 
     def _scoped(
         self,
         costs: dict[tuple[int, Side], Tensor],
         bits: float,
-        more: dict[str, Any],
-        left: dict[tuple[int, Side], Tensor] | None = None,
+        price: float,
+        left: dict[tuple[int, Side], Tensor] | None,
     ) -> dict[tuple[int, Side], Tensor]:
+        more: dict[str, Any] = {"max_bits": self.recipe.max_bits, "price": price}
         if self.recipe.scope == "model":
             return allocate(costs, bits, distortion=left, **more)
         found: dict[tuple[int, Side], Tensor] = {}
@@ -544,6 +594,23 @@ class Fit:
 
     def _centred(self, side: Side) -> bool:
         return self.recipe.centred_keys if side == "key" else self.recipe.centred_values
+
+
+def _expected(
+    costs: Mapping[Any, Tensor],
+    widths: Mapping[Any, Tensor],
+    distortion: Mapping[Any, Tensor] | None,
+) -> float:
+    """The error that these widths are expected to leave."""
+    total, gaussian = 0.0, torch.tensor(DISTORTION, dtype=torch.float64)
+    for key, e in costs.items():
+        at = widths[key].to(e.device)
+        if distortion is None:
+            left = gaussian.to(e.device)[at]
+        else:
+            left = distortion[key].double().gather(-1, at[..., None])[..., 0]
+        total += float((e.double() * left).sum())
+    return total
 
 
 def codecs_for(
