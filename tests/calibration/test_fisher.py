@@ -248,6 +248,8 @@ def test_more_bits_less_error_and_the_ablations_cost() -> None:
         Recipe(gain=False),
         Recipe(reweigh=2, least=0),
         Recipe(measured=True, weighted=True),
+        Recipe(slack=0.04),
+        Recipe(measured=True, slack=0.04),
     ],
     ids=repr,
 )

@@ -344,7 +344,8 @@ class Recipe:
         max_bits: widest code.
         slack: share by which the expected error may rise for fewer columns of digits at the same
             bits. Kernels multiply each column, whatever its width, and codes of 3, 5 and 6 bits are
-            two of them.
+            two of them. 0.04 leaves 80 % of them, for which KL rises by 5 to 15 %, not by 4, and
+            attention is up to 5 % faster.
         scope: what shares a bit budget.
         metric: `"fisher"`, or `"plain"` for the identity of each head's mean sensitivity.
         centred_keys: remove the mean key.
@@ -365,7 +366,7 @@ class Recipe:
 
     ridge: float = 3e-2
     max_bits: int = MAX_BITS
-    slack: float = 0.04
+    slack: float = 0.0
     scope: Literal["model", "layer", "head"] = "model"
     metric: Literal["fisher", "plain"] = "fisher"
     centred_keys: bool = True
