@@ -134,6 +134,49 @@ def test_programs_that_make_their_own_queries(name, dim, chunks, monkeypatch):
     check(*case(name, 3, group, dim, torch.bfloat16, chunks))
 
 
+@pytest.fixture
+def makers(monkeypatch):
+    """Warps of a program make what pages have of their own wherever they can."""
+    monkeypatch.setattr(cuda, "MADE_WORTH", 0.0)
+    monkeypatch.setattr(cuda, "MADE_PAGES", 0)
+    monkeypatch.setattr(cuda_decode, "_WORK", {})
+
+
+def check_made(q, view, **more):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("made for sm_90")
+    assert decode.lowered(view.store).served is not None
+    check(q, view, **more)
+
+
+@pytest.mark.usefixtures("makers")
+@pytest.mark.parametrize("name", ["fisher1", "fisher2", "fisher4"])
+@pytest.mark.parametrize(
+    ("heads", "group", "dim", "chunks"),
+    [
+        (3, 3, 64, (700, 1)),
+        (2, 2, 128, (700, 1)),
+        (40, 1, 64, (460, 1)),
+        (1, 1, 80, (330, 1)),
+        (2, 8, 96, (460, 5)),
+        (2, 4, 128, (4000, 8)),
+    ],
+)
+def test_programs_that_make_what_pages_have(name, heads, group, dim, chunks):
+    check_made(*case(name, heads, group, dim, torch.bfloat16, chunks, padded=chunks[0] > 300))
+
+
+@pytest.mark.usefixtures("makers")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "dim", "group", "length"),
+    [(2, 64, 4, 900), (2, 96, 4, 900), (2, 128, 4, 900), (70, 64, 4, 420), (18, 64, 3, 420)],
+)
+def test_programs_that_make_it_for_heads_that_differ(rows, dim, group, length, dtype):
+    chunks = length, 1
+    check_made(*case("fisher2", 3, group, dim, dtype, chunks, rows=rows, tables=mixed))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["fisher2", "kivi4-g64", "fisher2-pre"])
 @pytest.mark.parametrize(("rows", "group"), [(70, 4), (18, 4), (18, 3)])
@@ -142,10 +185,9 @@ def test_many_rows(name, dtype, rows, group):
     check(*case(name, 3, group, 64, dtype, (420, 1), rows=rows, tables=mixed_if_fisher(name)))
 
 
-@pytest.mark.parametrize("name", ["fisher2", "fisher2-post", "fisher2-pre", "kivi4-g64"])
-@pytest.mark.parametrize("group", [2, 4, 7])
-def test_few_programs_walk_many_heads(name, group, monkeypatch):
-    """As if the device had one multiprocessor: queries of 64 pages are made ready at once, too."""
+@pytest.fixture
+def one_multiprocessor(monkeypatch):
+    """As if the device had one."""
     found = torch.cuda.get_device_properties(0)
     one = SimpleNamespace(
         multi_processor_count=1,
@@ -155,7 +197,20 @@ def test_few_programs_walk_many_heads(name, group, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: one)
     monkeypatch.setattr(cuda_decode, "_WORK", {})
+
+
+@pytest.mark.usefixtures("one_multiprocessor")
+@pytest.mark.parametrize("name", ["fisher2", "fisher2-post", "fisher2-pre", "kivi4-g64"])
+@pytest.mark.parametrize("group", [2, 4, 7])
+def test_few_programs_walk_many_heads(name, group):
+    """Queries of 64 pages are made ready at once, too."""
     check(*case(name, 3, group, 128, torch.bfloat16, (4700, 1), tables=mixed_if_fisher(name)))
+
+
+@pytest.mark.usefixtures("one_multiprocessor", "makers")
+@pytest.mark.parametrize("group", [2, 4, 7])
+def test_few_programs_make_what_pages_of_many_heads_have(group):
+    check_made(*case("fisher2", 3, group, 128, torch.bfloat16, (4700, 1), tables=mixed))
 
 
 def test_codes_of_as_many_columns_one_after_another():

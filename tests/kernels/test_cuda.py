@@ -18,6 +18,7 @@ from kvfold.codec import Site
 from kvfold.kernels import cuda
 from kvfold.kernels.cuda import before_rope, build
 from kvfold.kernels.cuda import decode as cuda_decode
+from kvfold.quantizers.uniform import gaussian_affine
 from kvfold.transforms.rope import Rope
 
 decode = pytest.importorskip("kvfold.kernels.triton.decode")
@@ -77,6 +78,24 @@ def layer(name, dim=128, block=128, heads=8):
     return decode.lowered(LayerStore(*made, Timeline(4, 64, block)))
 
 
+def with_mean(name, dim=128, heads=8):
+    """A layer of mixed widths, whose keys have a mean."""
+    preset, made = kvfold.get(name), []
+    rope = Rope(tuple(5e5 ** (-2 * i / dim) for i in range(dim // 2)))
+    for side, codec in (("key", preset.keys), ("value", preset.values)):
+        site = Site(side, heads, dim, dtype=torch.bfloat16, rope=rope)
+        tables = codec.example(site)
+        tables.tables["mean"] = torch.randn(heads, dim) * (side == "key")
+        group = dim // 8
+        widths = torch.full((heads, dim), int(codec.bits))
+        widths[:, : 2 * group] += 2
+        widths[:, -2 * group :] -= 1 + (codec.bits > 2)
+        codes = torch.stack((widths, *gaussian_affine(widths)))
+        tables.tables[codec.table("codes")] = codes
+        made.append(codec.bind(site, tables))
+    return decode.lowered(LayerStore(*made, Timeline(4, 64, 128)))
+
+
 MEASURED = [
     "fisher2", "fisher2-post", "fisher2-pre", "fisher4", "kivi4-g64", "kivi2-g32", "turboquant4",
     "int8",
@@ -122,6 +141,21 @@ def test_all_warps_that_launches_count_on_have_registers(name, dim, tmp_path):
         warps = warps[kernel]
         warps += before_rope.BRINGERS if made.decoder is not None else 0
         assert registers * 32 * warps <= 65_536, (kernel, registers)
+
+
+@pytest.mark.parametrize(("name", "dim"), [("fisher4", 128), ("fisher2", 128), ("fisher2", 64)])
+def test_makers_have_registers_beside_those_that_walk_pages(name, dim, tmp_path, monkeypatch):
+    """They are moved to makers where 168 are too few; of what walks next to nothing spills."""
+    monkeypatch.setattr(cuda, "MADE_WORTH", 0.0)
+    made = with_mean(name, dim).served
+    macros = cuda.macros(made, 4, 4, False, torch.bfloat16)
+    registers, loops = compiled("attend", macros, tmp_path)
+    assert registers * 32 * (8 + cuda.MAKERS) <= 65_536
+    walks = [loop for loop in loops if sum("IMMA" in line for line in loop) > 20]
+    inner = min((x for x in walks if not any("BAR.SYNC" in y for y in x)), key=len)
+    assert len(spilled(inner)) <= 12, spilled(inner)
+    makes = min((x for x in loops if any("HGMMA" in line for line in x)), key=len)
+    assert len(spilled(makes)) <= 16, spilled(makes)
 
 
 @pytest.mark.parametrize("m", [1, 3])
@@ -182,6 +216,69 @@ def test_own_operands_lie_as_lanes_take_them():
         assert found[1, tile, step, 4 * g + c].tolist() == [float(x) for x in wanted], tile
     gain = found[1, -1, 0, [0, 4], 0].double().sum()  # rows 0 and 1: its two float16 parts
     assert torch.allclose(gain, key.gain[1, 0].double(), rtol=1e-6, atol=1e-7)
+
+
+def test_made_operands_lie_as_lanes_take_them(monkeypatch):
+    """The mean's tiles, those of the columns and the gain's, as `own_operands` lie."""
+    monkeypatch.setattr(cuda, "MADE_WORTH", 0.0)
+    layer = with_mean("fisher2", 64).served
+    found, key = layer.native.made, layer.key
+    slots = cuda.slots_of(layer)[1]
+    assert found.shape == (8, 8 + len(slots) // 16 + 1, 4, 32, 8)
+    assert layer.native.tables is None
+    for tile, step, g, c in ((0, 0, 0, 0), (7, 3, 5, 1), (8, 2, 2, 3), (9, 1, 7, 2)):
+        rows = layer.mean[1].half() if tile < 8 else key.matrix[1, :, slots].mT
+        row = 16 * (tile % 8) + 4 * (g // 2) + g % 2
+        wanted = [
+            rows[row + 2 * which, 16 * step + 2 * c + 8 * half + e]
+            for half in (0, 1)
+            for which in (0, 1)
+            for e in (0, 1)
+        ]
+        assert found[1, tile, step, 4 * g + c].tolist() == [float(x) for x in wanted], tile
+    gain = found[1, -1, 0, [0, 4], 0].double().sum()
+    assert torch.allclose(gain, key.gain[1, 0].double(), rtol=1e-6, atol=1e-7)
+
+
+def test_makers_serve_codes_that_would_leave_attention_few_warps(monkeypatch):
+    """Of many pages, where these have queries of their own."""
+    wide, few = with_mean("fisher4"), with_mean("fisher1.5")
+    assert wide.served is not None
+    assert few.served is None
+    assert layer("fisher4-post").served is None
+    assert layer("kivi4-g64").served is None
+    made = wide.served
+    assert cuda.made(made)
+    assert not cuda.made(wide)
+    assert cuda.prepares(wide)
+    assert not cuda.prepares(made)
+    assert not cuda.sends(made, 8, 132)
+    cut = cuda.shared(made, 4, 4)
+    assert (cut.warps, cut.programs) == (8, 1)
+    assert cut.worth >= cuda.MADE_WORTH * cuda.shared(wide, 4, 4).worth
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(cuda_decode, "_WORK", {})
+    cpu = torch.device("cpu")
+    assert [cuda.many(8 * n, cpu) for n in (255, 791, 792, 1024)] == [False, False, True, True]
+    work = cuda_decode._work(made, 2, 1, 4, 4, 7, 196, cpu)
+    assert work.query.numel() == work.means.numel() == 0
+    assert not work.sent
+
+
+def test_makers_have_room_for_what_each_warp_reads(monkeypatch):
+    """A page's queries twice, as they are made a page ahead, and the mean's scores."""
+    monkeypatch.setattr(cuda, "MADE_WORTH", 0.0)
+    for name in ("fisher2", "fisher4"):
+        apart = with_mean(name)
+        made = apart.served
+        columns = max(map(len, cuda.slots_of(made)))
+        assert cuda.query_bytes(made, 4) == 8 * columns + 96
+        of_page = cuda.query_bytes(made, 4) + cuda.BLOCK * 8
+        cut = cuda.shared(made, 4, 4)
+        assert cut.sums_at - cut.room >= 128 + 128 + 2 * of_page
+        assert (cut.sums_at - cut.room) % 128 == 0
+        assert cut.total <= cuda.SHARED_OF_PROGRAM
 
 
 def test_queries_come_from_the_launch_before_where_rows_are_few_or_the_mean_needs_it():

@@ -7,7 +7,7 @@ walks whole pages, so that mixed widths cost what the columns of a head cost.
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ FOLDER = Path(__file__).parent
 TILE = 4
 #: warps of a multiprocessor: codes of one width, which are no faster with more, and others
 WARPS = 8, 12
-#: warps of a program: those that make most; where keys are decoded
-WARPS_OF_PROGRAM, DECODING_WARPS = (4, 2, 1), (8, 4)
+#: warps of a program: those that make most; where keys are decoded, or others make queries
+WARPS_OF_PROGRAM, SERVED_WARPS = (4, 2, 1), (8, 4)
+#: warps of `makers.cuh`, and steps of products that the registers of one hold operands of
+MAKERS, MAKER_STEPS = 4, 48
+#: warps that walk pages beside makers, by those without, from which on makers are faster than
+#: another launch; and pages that each walks at least
+MADE_WORTH, MADE_PAGES = 0.7, 6
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
 OVER = 0.78
@@ -58,6 +63,7 @@ class Native:
             of its own.
         own: `own_operands`, for queries that hold for all pages; None where they do not, or keys
             are decoded.
+        made: `made_operands`, where programs of `attend.cu` make what pages have of their own.
         centers: int8 `[heads, columns]` twice the middle of each column's digits, negative: of each
             head's chunks of 16 columns side by side, zeros behind them.
         about: float32 `[heads, 2]` length of the longest column of the key matrix, and the sum of
@@ -67,6 +73,7 @@ class Native:
 
     tables: Tensor | None
     own: Tensor | None
+    made: Tensor | None
     centers: Tensor | None
     about: Tensor | None
     kernels: dict[Any, Any]
@@ -81,7 +88,7 @@ def native(layer: Any) -> "Native | None":
     if refuses(layer) is not None:
         return None
     if layer.decoder is not None:
-        return Native(None, None, None, None, {})
+        return Native(None, None, None, None, None, {})
     reach = layer.key.matrix.float().norm(dim=1).amax(-1) * 2.0**-layer.key.exponent
     centers = torch.zeros_like(layer.key.center, dtype=torch.int8)
     for h, slots in enumerate(slots_of(layer)):
@@ -89,13 +96,61 @@ def native(layer: Any) -> "Native | None":
     about = torch.stack([reach, centers.float().sum(1)], 1).contiguous()
     tables = operands(layer) if prepares(layer) else None
     own = None if layer.constants["PAGED"] else own_operands(layer)
-    return Native(tables, own, centers, about, {})
+    return Native(tables, own, made_operands(layer) if made(layer) else None, centers, about, {})
 
 
 def prepares(layer: Any) -> bool:
-    """Whether pages have queries, or scores of the mean, of their own: `prepare.cu` makes them."""
-    c = layer.constants
-    return layer.decoder is None and bool(c["PAGED"] or c["MEAN"])
+    """Whether a launch of its own, `prepare.cu`, makes queries and the mean's scores of pages."""
+    return has_own(layer) and not made(layer)
+
+
+def has_own(layer: Any) -> bool:
+    """Whether pages have queries, or scores of the mean, of their own."""
+    return layer.decoder is None and bool(layer.constants["PAGED"] or layer.constants["MEAN"])
+
+
+def made(layer: Any) -> bool:
+    """Whether programs of `attend.cu` make those; see `served`."""
+    return bool(layer.constants.get("MADE"))
+
+
+def served(layer: Any) -> Any:
+    """The layer whose programs of `attend.cu` make what pages have of their own, for many pages.
+
+    None where their registers have no room for the tables, or the launch before, which makes it
+    otherwise, leaves attention so many more warps that it is faster.
+    """
+    c, device = layer.constants, layer.table.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        return None  # registers do not move between warps
+    if not c["PAGED"] or not whole_keys(layer) or layer.key.columns > 4 * 32 * MAKERS:
+        return None
+    if -(-made_tiles(layer) // MAKERS) * (layer.key_dim // 16) > MAKER_STEPS:
+        return None
+    found = replace(layer, constants={**c, "MADE": True})
+    worth = shared(found, TILE, TILE).worth
+    if not worth or worth < MADE_WORTH * shared(layer, TILE, TILE).worth:
+        return None
+    found.native, found.cost = native(found), costs(found)
+    return found
+
+
+def many(pages: int, device: torch.device) -> bool:
+    """Whether warps beside makers walk `MADE_PAGES` or more, of so many pages of all heads."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return pages >= MADE_PAGES * SERVED_WARPS[0] * sms
+
+
+def costs(layer: Any) -> tuple[int, ...]:
+    """How long a page of each head takes, 32 on average."""
+    found = columns(layer)
+    return tuple(round(32 * layer.heads * c / sum(found)) for c in found)
+
+
+def made_tiles(layer: Any) -> int:
+    """Tiles of 16 rows that makers multiply queries with, of the head that has most."""
+    columns = max(map(len, slots_of(layer))) // CHUNK + 1 if layer.constants["PAGED"] else 0
+    return (0 if layer.mean is None else BLOCK // 16) + columns
 
 
 def slots_of(layer: Any) -> list[list[int]]:
@@ -117,8 +172,9 @@ def sends(layer: Any, places: int, sms: int) -> bool:
     Each program makes them where there are many rows: programs of another launch would keep those
     of attention from beginning.
     """
-    c = layer.constants
-    return layer.decoder is None and not c["PAGED"] and bool(c["MEAN"] or places <= sms // 8)
+    if layer.decoder is not None or layer.constants["PAGED"]:
+        return False
+    return prepares(layer) or places <= sms // 8
 
 
 def rows_of(layer: Any) -> list[Tensor]:
@@ -144,8 +200,31 @@ def own_operands(layer: Any) -> Tensor:
     Each lane's eight numbers of a product lie together; of a tile of 16 rows, g and g + 8 are
     columns 4 (g / 2) + g % 2 and that + 2.
     """
-    dim, rows = layer.key_dim, rows_of(layer)
-    x = torch.zeros(len(rows), layer.key.columns + 16 * whole_keys(layer), dim, dtype=torch.float16)
+    return fragments(layer, rows_of(layer), layer.key.columns // 16 + whole_keys(layer))
+
+
+def made_operands(layer: Any) -> Tensor:
+    """The same of `made_tiles`: `page_rows`."""
+    return fragments(layer, page_rows(layer), made_tiles(layer))
+
+
+def page_rows(layer: Any) -> list[Tensor]:
+    """Float16 rows that a page's queries are multiplied with, of each head.
+
+    Those of the mean for a page's tokens, where there is one; `rows_of` where pages have queries of
+    their own.
+    """
+    none = layer.key.matrix.new_empty(0, layer.key_dim, dtype=torch.float16)
+    found = rows_of(layer) if layer.constants["PAGED"] else [none] * layer.heads
+    if layer.mean is None:
+        return found
+    return [torch.cat([layer.mean[h].half(), rows]) for h, rows in enumerate(found)]
+
+
+def fragments(layer: Any, rows: Sequence[Tensor], tiles: int) -> Tensor:
+    """Rows of each head as lanes take them for products, zeros behind them: see `own_operands`."""
+    dim = layer.key_dim
+    x = torch.zeros(len(rows), 16 * tiles, dim, dtype=torch.float16)
     for h, found in enumerate(rows):
         x[h, : len(found)] = found
     # tile, g / 2, which row, g % 2, step, half, channel / 2, channel % 2
@@ -155,24 +234,19 @@ def own_operands(layer: Any) -> Tensor:
 
 
 def operands(layer: Any) -> Tensor:
-    """Float16 `[heads, groups, dim / 16, 8, 2, 8, 8]`: what queries are multiplied with.
+    """Float16 `[heads, groups, dim / 16, 8, 2, 8, 8]`: `page_rows` as `prepare.cu` takes them.
 
-    Tiles of 16 rows of each head: products with the mean for a page's tokens, where there is one;
-    `rows_of` where pages have queries of their own. Four tiles are a group. Rows g and g + 8 of a
-    tile are its columns 4 (g / 2) + g % 2 and that + 2.
+    Four tiles of 16 rows are a group. Rows g and g + 8 of a tile are its columns
+    4 (g / 2) + g % 2 and that + 2.
     """
-    key, dim = layer.key, layer.key_dim
-    paged, none = layer.constants["PAGED"], key.matrix.new_empty(0, dim)
-    found = rows_of(layer) if paged else [none] * layer.heads
-    if layer.mean is not None:
-        found = [torch.cat([layer.mean[h].half(), rows]) for h, rows in enumerate(found)]
+    dim, found = layer.key_dim, page_rows(layer)
     x = torch.zeros(len(found), 64 * groups(layer), dim, dtype=torch.float16)
     for h, rows in enumerate(found):
         x[h, : len(rows)] = rows
     # group, tile, g / 2, which row, g % 2, step, half, channel
     # -> group, step, tile, which row, half, g, channel
     x = x.reshape(len(found), -1, 4, 4, 2, 2, dim // 16, 2, 8).permute(0, 1, 6, 2, 4, 7, 3, 5, 8)
-    return x.reshape(len(found), -1, dim // 16, 8, 2, 8, 8).contiguous().to(key.matrix.device)
+    return x.reshape(len(found), -1, dim // 16, 8, 2, 8, 8).contiguous().to(layer.key.matrix.device)
 
 
 def groups(layer: Any) -> int:
@@ -256,7 +330,9 @@ def macros(
     for name in ("V_GROUPS", "V_GAIN_SUM", "V_OFFSET", "PAGED", "SEGMENTS", "MEAN"):
         found[name] = int(c[name])
     found |= {"M": m, "MEAN_N": mean_n, "CAP": int(cap), "DTYPE": DTYPES[dtype], "ONCE": int(once)}
-    found |= {"SENT": int(sent), "Q_BYTES": query_bytes(layer, m)}
+    found |= {"SENT": int(sent), "Q_BYTES": query_bytes(layer, m), "MADE": int(made(layer))}
+    if made(layer):
+        found |= {"MADE_TILES": made_tiles(layer), **turn_macros(layer)}
     found |= {
         "ZERO_AT": zero_at(layer),
         "EXACT": EXACT_TOKENS,
@@ -304,9 +380,17 @@ def prepare_macros(
         "MEAN_N": mean_n,
         "PAGED": int(c["PAGED"]),
         "MEAN": int(c["MEAN"]),
-        "TURN": int(layer.rope is not None),
-        "ROPE_D": 0 if layer.rope is None else layer.rope.shape[1],
-        "HALVES": int(layer.rope is not None and torch.equal(*layer.rope[0].chunk(2))),
+        **turn_macros(layer),
+    }
+
+
+def turn_macros(layer: Any) -> dict[str, int | str]:
+    """How queries are turned: whether, the table's row length, whether both halves alike."""
+    rope = layer.rope
+    return {
+        "TURN": int(rope is not None),
+        "ROPE_D": 0 if rope is None else rope.shape[1],
+        "HALVES": int(rope is not None and torch.equal(*rope[0].chunk(2))),
     }
 
 
@@ -372,6 +456,7 @@ class Shared:
         warp: bytes of a warp.
         sums_at: where its sums over columns begin.
         room: bytes for a page's keys and values.
+        worth: warps of a multiprocessor, those of heads whose values wait in part.
     """
 
     warps: int
@@ -380,6 +465,7 @@ class Shared:
     warp: int
     sums_at: int
     room: int
+    worth: float
 
 
 def shared(layer: Any, m: int, mean_n: int) -> Shared:
@@ -389,7 +475,8 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     # a step and a zero point for each segment and channel, or a gain a token
     extra = c["SEGMENTS"] * layer.key_dim * 4 if c["SEGMENTS"] > 1 else BLOCK * c["K_GAIN"]
     of_page = q * c["PAGED"] if layer.decoder is None else 8 * layer.key_dim
-    columns_at = 128 + extra + of_page + BLOCK * mean_n * 2 * c["MEAN"]
+    of_page += BLOCK * mean_n * 2 * c["MEAN"]
+    columns_at = up(128 + extra + of_page * (1 + made(layer)), 128)
     apart, least = room_of(layer)
     ends = (2 + 2 * c["V_GROUPS"]) * TILE * 4
     exact = (layer.key_dim + layer.key_dim // 4 + EXACT_TOKENS) * TILE * 4
@@ -400,22 +487,26 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
     own = layer.decoder is None and not c["PAGED"]  # queries of all pages, and what their sums take
     if layer.decoder is not None:  # four warps share a product, all share the tables
         of_all = up(before_rope.nbytes(layer.decoder.blocks, layer.key_dim, m), 128)
-        of_program, of_device = DECODING_WARPS, DECODING_WARPS[0]
-    best, most = None, 0.0
+    if made(layer):
+        of_all = up(maker_bytes(layer, m), 128)
+    served = layer.decoder is not None or made(layer)
+    if served:  # one program, as all of its warps share others
+        of_program, of_device = SERVED_WARPS, 1
+    best = Shared(0, 0, 0, 0, 0, 0, 0.0)
     for warps in of_program:
-        for programs in range(1, of_device // warps + 1):
-            fixed = RESERVED + (up(q + 16 * (warps + 1), 128) if own else of_all)
+        for programs in range(1, max(of_device // warps, 1) + 1):
+            fixed = RESERVED + (up(q + 16 * (warps + 1), 128) if own else 0) + of_all
             warp = (SHARED // programs - fixed) // warps // 128 * 128
             room = min(warp - up(rest, 128), max(apart))
             if room < least:
                 continue
             share = sum(n <= room for n in apart) / len(apart)
             worth = programs * warps * (OVER + (1 - OVER) * share)
-            if worth > most:
+            if worth > best.worth:
                 sums_at, warp = columns_at + room, up(rest, 128) + room
                 total = fixed - RESERVED + warps * warp
-                best, most = Shared(warps, programs, total, warp, sums_at, room), worth
-    return best or Shared(0, 0, 0, 0, 0, 0)
+                best = Shared(warps, programs, total, warp, sums_at, room, worth)
+    return best
 
 
 def room_of(layer: Any) -> tuple[list[int], int]:
@@ -451,7 +542,16 @@ def query_bytes(layer: Any, m: int) -> int:
     Whole lines of the L2 cache, which are forgotten when they have been read.
     """
     columns = layer.key.columns
+    if layer.constants["PAGED"] and made(layer):
+        return 2 * TILE * max(map(len, slots_of(layer))) + 4 * (MAKERS + 2) * TILE
     return up(2 * TILE * columns + 8 * TILE if whole_keys(layer) else 2 * m * columns, 128)
+
+
+def maker_bytes(layer: Any, m: int) -> int:
+    """Shared memory of the warps of `makers.cuh`, where they serve most."""
+    dim, most = layer.key_dim, SERVED_WARPS[0]
+    words = 2 * m * (dim + 8) + 4 + 2 * most + layer.key.columns // 4
+    return MAKERS * 128 + most // 2 * dim * 16 + words * 4
 
 
 def prepare_bytes(layer: Any, m: int, turned: int) -> int:
@@ -590,7 +690,11 @@ def attend(
         layer.native.kernels[key] = kernel, cut
     kernel, cut = layer.native.kernels[key]
     sizes = inverse(programs), cut.warp, cut.sums_at
-    warps = cut.warps + (before_rope.BRINGERS if layer.decoder is not None else 0)
+    warps = cut.warps
+    if layer.decoder is not None:
+        warps += before_rope.BRINGERS
+    elif made(layer):
+        warps += MAKERS
     kernel((programs, 1, 1), 32 * warps, [*arguments, *sizes], cut.total)
 
 

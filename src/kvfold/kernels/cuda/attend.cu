@@ -37,7 +37,13 @@
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
 #define OWN (!PAGED && !SENT && !TOKEN)  // queries of columns hold for all pages, and are made here
-#define OWN_AT_ONCE (D_K > 128 || WARPS * PROGRAMS > 8 ? 1 : 2)
+#define OWN_AT_ONCE (D_K > 128 || WARPS * PROGRAMS > 8 || MADE ? 1 : 2)
+// before a page's columns' queries: where they are made here, what each maker adds to the sums of each
+// query, gain terms and units
+#define PAGE_TERMS (MADE && PAGED ? 96 : TERMS_BYTES)
+// barriers in a warp's part, of the two places for what is made for its pages: it has come, has been used
+#define MADE_AT 16
+#define FREE_AT 112
 
 #include "columns.cuh"
 
@@ -416,6 +422,7 @@ struct Walk : Place {
     int k4, k2, k1, v4, v2, v1;  // columns of the head
     u32 key_bytes, value_bytes;  // that copies bring
     u32 done, places;            // pages of the warp that it has been through, and places
+    u32 rounds;                  // in which each warp has a page, or none at the end
 };
 
 // whether the program has no page of the next place
@@ -442,20 +449,26 @@ __device__ __forceinline__ void go_on(Walk* walk, const int* folded, int tiles, 
     __syncwarp();
 }
 
-#if TOKEN
-#include "before_rope.cuh"
-#define THREADS (32 * (WARPS + BRINGERS))
-#else
-#define THREADS (32 * WARPS)
-#endif
-
 // places in a warp's part of shared memory
 #define EXTRA_AT 128  // copies to whole lines are much faster
 #define K_EXTRA (K_GAIN ? BLOCK * K_GAIN : SEGMENTS > 1 ? 2 * SEGMENTS * D_K * 2 : 0)
 #define QUERY_AT (EXTRA_AT + K_EXTRA)
 #define MEANS_AT (QUERY_AT + (TOKEN ? D_K * 8 : PAGED ? Q_BYTES : 0))
+#define MEANS_END (MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0))
+#define MADE_PAGE (MEANS_END - QUERY_AT)  // bytes that are made for a page
 #define V_EXTRA (BLOCK * V_GAIN * V_GROUPS)
-#define COLUMNS_AT (MEANS_AT + (MEAN ? BLOCK * MEAN_N * 2 : 0))
+#define COLUMNS_AT ((MEANS_END + (MADE ? MADE_PAGE : 0) + 127) / 128 * 128)
+
+#if TOKEN
+#include "before_rope.cuh"
+#define THREADS (32 * (WARPS + BRINGERS))
+#elif MADE
+#define MAKERS 4
+#define THREADS (32 * (WARPS + MAKERS))
+#include "makers.cuh"
+#else
+#define THREADS (32 * WARPS)
+#endif
 
 // what each lane copies of a page: keys' parts lanes 0 to 6, values' 8 to 12
 struct Copies {
@@ -483,11 +496,11 @@ __device__ __forceinline__ Copies copies_of(Walk* walk, const int* heads, int su
     const int ZEROS = SEGMENTS > 1 ? K_EXTRA / 2 : 0;  // bytes of a page's zero points
     if (lane == 3) c.from = K_GAIN ? about[12] : about[15], c.to = EXTRA_AT, bytes = K_EXTRA - ZEROS;
     if (lane == 6) c.from = ZERO_AT + head * ZEROS, c.to = EXTRA_AT + ZEROS, bytes = ZEROS;
-    if (PAGED && lane == 4) {
+    if (PAGED && !MADE && lane == 4) {
         c.other = (u64)q + first_page * Q_BYTES, c.stride = Q_BYTES;
         c.to = QUERY_AT, bytes = TERMS_BYTES + (chunks(k4) + chunks(k2) + chunks(k1)) * Q_CHUNK;
     }
-    if (MEAN && lane == 5) {
+    if (MEAN && !MADE && lane == 5) {
         c.stride = BLOCK * MEAN_N * 2, c.other = (u64)means + first_page * c.stride;
         c.to = MEANS_AT, bytes = c.stride;
     }
@@ -599,6 +612,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #else
     const uint4* operands, const u32* centers, const float2* about,
 #endif
+#if MADE
+    const uint4* made_operands, const float* rope,
+#endif
     const int* block, const int* first_position, int sinks, double unscale, int start_cost, int exact_cost,
     int inverse, int warp_bytes, int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
@@ -610,6 +626,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     for (int i = lane; i < 2 * HEADS; i += 32) bring_near(heads + i * 8);
     for (int i = lane; i <= HEADS / 8; i += 32) bring_near(costs_ + i * 8);
     if (lane == 0) bring_near(slabs);
+#if MADE
+    for (int i = lane; TURN && i < 3 * ROPE_D / 8; i += 32) bring_near(rope + i * 8);
+#endif
 
     // shared: queries of the columns, of all pages, and what warps add up of them; then each warp's part:
     // barriers, what else belongs to keys, columns of keys and then of values, sums (before them: queries and
@@ -622,10 +641,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const Decoder decoder{(const Part*)(shared + HEAD_AT), shared_address(shared + HEAD_AT + TOKEN * 128),
                           (const uint4*)shared};
 #else
-    const int WARPS_AT = PAGED ? 0 : (OWN_BYTES + 127) / 128 * 128;
+    const int OWN_END = PAGED ? 0 : (OWN_BYTES + 127) / 128 * 128;
+#if MADE
+    const int WARPS_AT = OWN_END + (MAKER_BYTES + 127) / 128 * 128;
+#else
+    const int WARPS_AT = OWN_END;
+#endif
 #endif
 #if SENT
-    const u32 q_barrier = shared_address(shared + WARPS_AT) + 16;
+    const u32 q_barrier = shared_address(shared + OWN_END) - 16;
     if (threadIdx.x == 0) begin_barrier(q_barrier);
 #endif
 
@@ -633,6 +657,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #if TOKEN
     const bool brings = warp >= WARPS;
     u8* mine = brings ? shared + BRINGERS_AT + (warp - WARPS) * BRINGER_BYTES : shared + WARPS_AT + warp * warp_bytes;
+    auto together = [] { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); };
+#elif MADE
+    const bool makes = warp >= WARPS;
+    u8* mine = makes ? shared + OWN_END + (warp - WARPS) * 128 : shared + WARPS_AT + warp * warp_bytes;
     auto together = [] { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); };
 #else
     u8* mine = shared + WARPS_AT + warp * warp_bytes;
@@ -646,6 +674,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     if (lane == 0) {
         init_barrier(key_barrier), init_barrier(value_barrier);
         if (TOKEN) init_barrier(key_barrier + 16), init_barrier(value_barrier + 16);
+#if MADE
+        for (int i = 0; !makes && i < 16; i += 8)
+            init_barrier(key_barrier + MADE_AT + i, MAKERS), init_barrier(key_barrier + FREE_AT + i);
+#endif
         show_barriers();
     }
     __syncwarp();
@@ -663,7 +695,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     Walk* walk = (Walk*)(mine + 32);
     {
         const Place place = any ? place_of(begin, folded, here, costs, rows, tiles, lane) : Place{};
-        if (lane == 0) *walk = {place, begin, end, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+        if (lane == 0) *walk = {place, begin, end, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         __syncwarp();
     }
 
@@ -692,6 +724,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         return;
     }
     if (WARPS > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+#elif MADE
+    __syncthreads();  // the barriers are there
+    if (makes) {
+        if (MANY) asm volatile("setmaxnreg.inc.sync.aligned.u32 248;");
+        if (any) {
+            const Maker maker{heads, folded, block, first_position, made_operands, centers, about, rope, raw_q,
+                              capacity, sinks, tiles, query_heads, queries, group, warp_bytes, costs, scale,
+                              (float)unscale, shared + WARPS_AT, shared + OWN_END};
+            make_pages(walk, maker, warp - WARPS, lane);
+        }
+        return;
+    }
+    if (MANY) asm volatile("setmaxnreg.dec.sync.aligned.u32 128;");
 #elif SENT
     __syncthreads();  // the barrier is there
 #endif
@@ -703,7 +748,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const ExactTokens exact_of{raw_q, keys, values, tokens, query_tokens, exact, exact_state, exact_tokens,
                                exact_splits, tiles, query_heads, queries, group, scale, cap};
     Exact asked;
-    asked.begin(exact_of, mine_from, exact_to, lane);
+    if (!MADE) asked.begin(exact_of, mine_from, exact_to, lane);
     if (TOKEN) {
         if (mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
         attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
@@ -738,8 +783,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             for (int i = lane * 128; i < bytes; i += 32 * 128)
                 asm volatile("discard.global.L2 [%0], 128;" ::"l"(from + i) : "memory");
         };
-        if (PAGED) forget(q + at * Q_BYTES, TERMS_BYTES + tiles_of(walk->k4, walk->k2, walk->k1) * Q_CHUNK);
-        if (PAGED && MEAN) forget(means + at * (BLOCK * MEAN_N * 2), BLOCK * MEAN_N * 2);
+        if (PAGED && !MADE) forget(q + at * Q_BYTES, TERMS_BYTES + tiles_of(walk->k4, walk->k2, walk->k1) * Q_CHUNK);
+        if (PAGED && MEAN && !MADE) forget(means + at * (BLOCK * MEAN_N * 2), BLOCK * MEAN_N * 2);
     };
     auto fetch_others = [&] {  // what comes from the launch before
         if (!TOKEN && page < high && c.key_bytes && c.other)
@@ -787,6 +832,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #if OWN
     make_queries();
 #endif
+    if (MADE) {
+        wait_for_launch_before();
+        asked.begin(exact_of, mine_from, exact_to, lane);
+    }
     if (!TOKEN && mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
 #if OWN
     together();
@@ -817,15 +866,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         const u8* values_in = mine + c.values_at;
         float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
         auto find_terms = [&](const u8* queries) {
+#if MADE && PAGED
+            const int4 sums = ((const int4*)queries)[query];
+            const float* terms = (const float*)(queries + 64);
+            q_unit = terms[4 + query];
+            first_terms[0] = terms[query] + 0.5f * q_unit * (float)(sums.x + sums.y + sums.z + sums.w);
+#else
             float2 x = ((const float2*)queries)[query];
             first_terms[0] = x.x, q_unit = x.y;
+#endif
         };
         if (TOKEN || SENT) __syncwarp();  // all have read it
         if (lane == 0) ++walk->places;
 
         float m = LOWEST, norm = 0.0f, gain_sum = 0.0f, offset_sum[V_GROUPS] = {};
-        // products of keys take pages of four warps at once: all walk as many
-        for (; page - (TOKEN ? warp : 0) < high; page += WARPS) {
+        // products of keys take pages of four warps at once, and makers make those of all: all walk as many
+        for (; page - (TOKEN || MADE ? warp : 0) < high; page += WARPS) {
             const u64 address = next;
             if (!TOKEN && page + WARPS < high) {
                 const int at = (page + WARPS) / WARPS & 31;
@@ -834,11 +890,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             }
             float s[2][4][2] = {};
             if (page < high) wait(key_barrier, walk->done & 1);
-            const u8* queries_in = PAGED ? mine + QUERY_AT : shared;
+            const u32 made_barrier = key_barrier + 8 * (walk->rounds & 1);
+            const u8* made_in = mine + (MADE ? (walk->rounds & 1) * MADE_PAGE : 0);
+            if (MADE) wait(made_barrier + MADE_AT, walk->rounds >> 1 & 1);
+            if (MADE && page >= high) {
+                __syncwarp();
+                if (lane == 0) ++walk->rounds, arrive(made_barrier + FREE_AT);
+                __syncwarp();
+                break;
+            }
+            const u8* queries_in = PAGED ? made_in + QUERY_AT : shared;
             const u8* steps = mine + EXTRA_AT;
             const int k4 = FULL ? K4 * 16 : walk->k4, k2 = FULL ? K2 * 16 : walk->k2, k1 = FULL ? K1 * 16 : walk->k1;
             const u8 *k2_in = columns_in + k4 * 64, *k1_in = k2_in + k2 * 32;
-            const u8 *q4 = queries_in + TERMS_BYTES, *q2 = q4 + chunks(k4) * Q_CHUNK, *q1 = q2 + chunks(k2) * Q_CHUNK;
+            const u8 *q4 = queries_in + PAGE_TERMS, *q2 = q4 + chunks(k4) * Q_CHUNK, *q1 = q2 + chunks(k2) * Q_CHUNK;
 #if TOKEN
             float w[2][4][2];
             numbers<1, 1>(w, steps, 0, room, l);
@@ -882,7 +947,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             if (K_GAIN) numbers<K_GAIN, 1>(w, steps, 0, room, l);
 #endif
             float top = LOWEST;
-            const u8* means_in = mine + MEANS_AT + l.c * 2;
+            const u8* means_in = made_in + MEANS_AT + l.c * 2;
 #pragma unroll
             for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -902,6 +967,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
                         top = fmaxf(top, x);
                     }
             __syncwarp();
+            if (MADE && lane == 0) arrive(made_barrier + FREE_AT);
             if (!TOKEN && page + WARPS < high) fetch_extras(page + WARPS, next);
             for (int o = 4; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
             top = fmaxf(top, m);
@@ -1021,7 +1087,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
                 }
             }
             __syncwarp();
-            if (lane == 0) ++walk->done;
+            if (lane == 0) ++walk->done, ++walk->rounds;
             __syncwarp();
 #if TOKEN
             if (lane == 0) arrive(value_barrier + 16);
@@ -1087,14 +1153,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
             int slot = column / 16, at = slot < V4 ? slot * 16 : slot < V4 + V2 ? (slot - V4) * 16 : (slot - V4 - V2) * 16;
             int count = slot < V4 ? v4 : slot < V4 + V2 ? v2 : v1;
             bool there = at + column % 16 < count;
+            float x[4] = {};
 #pragma unroll
-            for (int n = 0; n < M; ++n) {
-                float x = 0.0f;
+            for (int w = 0; w < WARPS; ++w) {
+                const float4 y = ((const float4*)(all + w * warp_bytes))[column];
+                const float part[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-                for (int w = 0; w < WARPS; ++w)
-                    x += factor[w][n] * ((const float*)(all + w * warp_bytes))[column * 4 + n];
-                total[n * (VC * 16) + column] = there ? x : 0.0f;
+                for (int n = 0; n < M; ++n) x[n] += factor[w][n] * part[n];
             }
+#pragma unroll
+            for (int n = 0; n < M; ++n) total[n * (VC * 16) + column] = there ? x[n] : 0.0f;
         }
         if (last) break;
 #if OWN

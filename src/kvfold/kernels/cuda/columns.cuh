@@ -12,7 +12,10 @@
 #define KC (K4 + K2 + K1)  // slots of 16 columns
 #define TERMS_BYTES (WHOLE_KEYS ? 32 : 0)
 #define Q_CHUNK (WHOLE_KEYS ? 128 : M * 32)
-#define MAGIC 8421376.0f  // 2^23 + 2^15: the low 16 bits of a sum with it are the rounded number and 2^15
+// 2^23 + SHIFT: the low 16 bits of a sum with it are the rounded number and SHIFT, 2^15 + 2^7, which leaves its
+// bytes, the lower one signed, with their upper bits flipped
+#define MAGIC 8421504.0f
+#define SHIFT 32896
 
 __device__ __forceinline__ int chunks(int columns) { return (columns + 15) >> 4; }
 
@@ -51,9 +54,9 @@ __device__ __forceinline__ void store_queries(u8* to, const float* d, int* z, u3
 #if WHOLE_KEYS
     const u32 x = fixed(d[0], d[1], inverse), y = fixed(d[2], d[3], inverse);
     *z = dot_high(y, middle, dot_low(x, middle, *z));
-    // the upper byte is rounded for a signed lower one, and loses the 2^15
-    const u32 high = bytes_of(x + 0x00800080u, y + 0x00800080u, 0x7531) ^ 0x80808080u;
-    if (there && (g & 3) < M) *(uint2*)(to + (g & 3) * 32 + c * 8) = make_uint2(high, bytes_of(x, y, 0x6420));
+    const u32 a = x ^ 0x80808080u, b = y ^ 0x80808080u;
+    if (there && (g & 3) < M)
+        *(uint2*)(to + (g & 3) * 32 + c * 8) = make_uint2(bytes_of(a, b, 0x7531), bytes_of(a, b, 0x6420));
 #else
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -73,9 +76,9 @@ __device__ __forceinline__ T sum_of_columns(T x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 // what is added to the sums of a query: digits are about their middle, so that rounding cancels there.
-// middles: the sum of all columns', which the 2^15 have been multiplied with
+// middles: the sum of all columns', which SHIFT has been multiplied with
 __device__ __forceinline__ float term_of(float gain, int sum, float middles, float unit) {
-    return gain + 0.5f * unit * (float)(sum - ((int)middles << 15));
+    return gain + 0.5f * unit * (float)(sum - (int)middles * SHIFT);
 }
 
 // query n of a place's tile

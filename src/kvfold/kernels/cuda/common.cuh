@@ -82,9 +82,9 @@ __device__ __forceinline__ void product(float* d, const u32* a, u32 b0, u32 b1) 
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
 }
-// barriers of one arrival; copies may know of those that have been shown
-__device__ __forceinline__ void init_barrier(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+// copies may know of barriers that have been shown
+__device__ __forceinline__ void init_barrier(u32 barrier, u32 arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 __device__ __forceinline__ void show_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;");

@@ -51,7 +51,7 @@ def _work(
     key = (
         device, rows, tiles, m, held, exact, layer.heads, layer.block, layer.value_dim, layer.cost,
         layer.decoder is None, cut, query_bytes, layer.value.columns, c["V_GROUPS"],
-        c["PAGED"], c["MEAN"],
+        c["PAGED"], c["MEAN"], cuda.made(layer),
     )  # fmt: skip
     if key in _WORK:
         return _WORK[key]
@@ -61,7 +61,8 @@ def _work(
     programs, costs, start = cuda.cut_for(layer, rows * tiles, held, exact_splits, cut, sms)
     before = upload(torch.tensor([0, *accumulate(costs)], dtype=torch.int32), device)
     pages, groups = max(held, 1), int(c["V_GROUPS"])
-    paged = bool(c["PAGED"])
+    apart = cuda.prepares(layer)  # a launch that hands on what pages have of their own
+    paged = apart and bool(c["PAGED"])
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -77,7 +78,7 @@ def _work(
             sms,
             sent,
             empty(places, pages if paged else int(sent), query_bytes // 2, dtype=half),
-            empty(places, held if c["MEAN"] else 0, layer.block, mean_n, dtype=half),
+            empty(places, held if apart and c["MEAN"] else 0, layer.block, mean_n, dtype=half),
             empty(programs + places, m, layer.value.columns),
             empty(programs + places, 2 + 2 * groups, m),
             empty(places, exact_splits, m, layer.value_dim),
@@ -100,6 +101,8 @@ def decode(
     tiles = -(-group * queries // m)
     mean_n = max(2, power_of_two(m))
     exact, capacity = exact_keys.shape[2], located.table.shape[1]
+    if layer.served is not None and cuda.many(rows * tiles * layer.heads * capacity, q.device):
+        layer = layer.served
     work = _work(layer, rows, tiles, m, mean_n, capacity, exact, q.device)
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
@@ -124,8 +127,8 @@ def decode(
         layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
         q, exact_keys, exact_values, tokens, query_tokens, exact, rows, query_heads, queries, group,
         tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
-        work.exact_state, work.exact_splits, *tables(layer), located.block, located.first,
-        layer.sinks, 2.0 ** -(layer.decoder or key).exponent,
+        work.exact_state, work.exact_splits, *tables(layer), *made_tables(layer), located.block,
+        located.first, layer.sinks, 2.0 ** -(layer.decoder or key).exponent,
         work.start_cost, work.exact_cost,
     )  # fmt: skip
     cuda.attend(
@@ -156,3 +159,10 @@ def tables(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         return by.heads, by.turns, by.channels
     own = layer.table if native.own is None else native.own  # any, where it is not read
     return own, native.centers, native.about
+
+
+def made_tables(layer: Any) -> tuple[Tensor, ...]:
+    """Those that programs of `attend.cu` make with what pages have of their own."""
+    if layer.native.made is None:
+        return ()
+    return layer.native.made, layer.table if layer.rope is None else layer.rope

@@ -48,7 +48,7 @@ struct ExactItem {
 #if DTYPE != 2
 #define KEY_CHUNKS ((D_K / 8 + 3) / 4)  // 16 bytes of a row each, of a lane
 #define VALUE_CHUNKS ((D_V / 8 + 7) / 8)
-#define AT_ONCE (TOKEN ? 2 : 4)
+#define AT_ONCE (TOKEN || MADE ? 2 : 4)
 #define KEYS_AT_ONCE (KEY_CHUNKS < AT_ONCE ? KEY_CHUNKS : AT_ONCE)
 #define VALUES_AT_ONCE (VALUE_CHUNKS < AT_ONCE / 2 ? VALUE_CHUNKS : AT_ONCE / 2)
 

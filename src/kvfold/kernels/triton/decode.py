@@ -164,6 +164,7 @@ class Layer:
     cost: tuple[int, ...] = ()  #: how long a page of each head takes, relative to the others
     native: cuda.Native | None = None  #: tables of the CUDA kernels; None where Triton's are used
     decoder: before_rope.Decoder | None = None  #: tables of keys that were coded before RoPE
+    served: "Layer | None" = None  #: for many pages, where the CUDA kernels differ; `cuda.served`
 
     @property
     def pool(self) -> Pool:
@@ -271,9 +272,11 @@ def _lower(store: LayerStore) -> Layer:
     )
     if cuda.runs_on(device):
         layer.native = cuda.native(layer)
-    columns = [150.0 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
-    columns = columns if layer.native is None else cuda.columns(layer)
-    layer.cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
+        if layer.native is not None:
+            layer.cost, layer.served = cuda.costs(layer), cuda.served(layer)
+    if layer.native is None:
+        columns = [150.0 + sum(key.counts[h]) + sum(value.counts[h]) for h in range(heads)]
+        layer.cost = tuple(round(32 * heads * c / sum(columns)) for c in columns)
     if layer.native is None and decoder is not None:
         raise NotLoweredError(cuda.refuses(layer) or "keys coded before RoPE are decoded on sm_90")
     if layer.native is None and v.chunks[2] and block == 128 and not interpreted():
