@@ -222,7 +222,7 @@ def test_made_operands_lie_as_lanes_take_them(monkeypatch):
     """The mean's tiles, those of the columns and the gain's, as `own_operands` lie."""
     monkeypatch.setattr(cuda, "MADE_WORTH", 0.0)
     layer = with_mean("fisher2", 64).served
-    found, key = layer.native.made, layer.key
+    found, key = layer.native.own, layer.key
     slots = cuda.slots_of(layer)[1]
     assert found.shape == (8, 8 + len(slots) // 16 + 1, 4, 32, 8)
     assert layer.native.tables is None

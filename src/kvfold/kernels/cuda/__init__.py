@@ -61,9 +61,8 @@ class Native:
     Args:
         tables: `operands` of the products of `prepare.cu`; None where no page has queries or scores
             of its own.
-        own: `own_operands`, for queries that hold for all pages; None where they do not, or keys
-            are decoded.
-        made: `made_operands`, where programs of `attend.cu` make what pages have of their own.
+        own: of those of `attend.cu`: `own_operands` for queries that hold for all pages,
+            `made_operands` where programs make what pages have of their own; else None.
         centers: int8 `[heads, columns]` twice the middle of each column's digits, negative: of each
             head's chunks of 16 columns side by side, zeros behind them.
         about: float32 `[heads, 2]` length of the longest column of the key matrix, and the sum of
@@ -73,7 +72,6 @@ class Native:
 
     tables: Tensor | None
     own: Tensor | None
-    made: Tensor | None
     centers: Tensor | None
     about: Tensor | None
     kernels: dict[Any, Any]
@@ -88,15 +86,18 @@ def native(layer: Any) -> "Native | None":
     if refuses(layer) is not None:
         return None
     if layer.decoder is not None:
-        return Native(None, None, None, None, None, {})
+        return Native(None, None, None, None, {})
     reach = layer.key.matrix.float().norm(dim=1).amax(-1) * 2.0**-layer.key.exponent
     centers = torch.zeros_like(layer.key.center, dtype=torch.int8)
     for h, slots in enumerate(slots_of(layer)):
         centers[h, : len(slots)] = (2 * layer.key.center[h, slots]).to(torch.int8)
     about = torch.stack([reach, centers.float().sum(1)], 1).contiguous()
     tables = operands(layer) if prepares(layer) else None
-    own = None if layer.constants["PAGED"] else own_operands(layer)
-    return Native(tables, own, made_operands(layer) if made(layer) else None, centers, about, {})
+    if made(layer):
+        own = made_operands(layer)
+    else:
+        own = None if layer.constants["PAGED"] else own_operands(layer)
+    return Native(tables, own, centers, about, {})
 
 
 def prepares(layer: Any) -> bool:

@@ -8,7 +8,7 @@
 // of a page into its part of shared memory: keys, and values behind them; the next page's take the places
 // of what has been used, so that half a page's work lies between a copy and its use. The loop over pages
 // reads addresses of 32 pages at once and nothing else from global memory, which would wait behind the
-// copies, and so must not spill. Registers of packed words are the operands of products after one `and` a
+// copies, and so must not spill, or next to nothing where registers go to makers. Registers of packed words are the operands of products after one `and` a
 // field: field f of a 16-bit lane is the subnormal float16 number digit * 2^(position - 24). Products are
 // float16 x float16 with float32 sums.
 //
@@ -25,8 +25,11 @@
 // row g are `4 (g / 2) + g % 2 + 2 (g / 2 % 2)`, of row g + 8 that ^ 2, so that rows lie in different
 // banks and the weights, transposed by movmatrix, are those of tokens 4c..4c+3.
 //
+// What pages have of their own, queries of columns and scores of the mean, comes from the launch before, or
+// from four warps of the program where there would be room for few others otherwise (MADE: makers.cuh).
+//
 // Constants come as macros, see __init__.py: WARPS, PROGRAMS, EXACT (exact tokens of an item), HEADS, M,
-// ONCE (no other program reads its pages), SENT (queries of columns hold for all pages, and come from the
+// MADE, ONCE (no other program reads its pages), SENT (queries of columns hold for all pages, and come from the
 // launch before), Q_BYTES (of columns' queries), D_K, D_V, K4.. (slots of 16 columns of a section), K_WHOLE
 // (sections are multiples of 16), FULL (all heads have all columns of all slots), K_GAIN.. (bytes), V_GROUPS,
 // SEGMENTS, K_LEVELS.., ZERO_AT (first byte of keys' zero points), TOKEN (keys were coded before RoPE:
@@ -37,10 +40,10 @@
 #define WHOLE_KEYS (!TOKEN && !K_LEVELS && SEGMENTS == 1)  // products of bytes, else of float16
 #define WHOLE_VALUES (!V_LEVELS)
 #define OWN (!PAGED && !SENT && !TOKEN)  // queries of columns hold for all pages, and are made here
-#define OWN_AT_ONCE (D_K > 128 || WARPS * PROGRAMS > 8 || MADE ? 1 : 2)
+#define OWN_AT_ONCE (D_K > 128 || WARPS * PROGRAMS > 8 ? 1 : 2)
 // before a page's columns' queries: where they are made here, what each maker adds to the sums of each
 // query, gain terms and units
-#define PAGE_TERMS (MADE && PAGED ? 96 : TERMS_BYTES)
+#define PAGE_TERMS (MADE ? 96 : TERMS_BYTES)
 // barriers in a warp's part, of the two places for what is made for its pages: it has come, has been used
 #define MADE_AT 16
 #define FREE_AT 112
@@ -594,7 +597,9 @@ __device__ __forceinline__ void bring(Walk* walk, const Bringer& b, int lane) {
                     }
                 }
         }
-        if (is_last(walk, b.costs)) return;
+        const bool last = is_last(walk, b.costs);
+        __syncwarp();  // all have read where it was
+        if (last) return;
         go_on(walk, b.folded, b.tiles, b.costs, lane);
     }
 }
@@ -613,14 +618,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const uint4* operands, const u32* centers, const float2* about,
 #endif
 #if MADE
-    const uint4* made_operands, const float* rope,
+    const float* rope,
 #endif
     const int* block, const int* first_position, int sinks, double unscale, int start_cost, int exact_cost,
     int inverse, int warp_bytes, int sums_at) {
     extern __shared__ __align__(128) u8 shared[];
     float scale = (float)scale_, cap = (float)cap_;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (!capacity || TOKEN || OWN) wait_for_launch_before();  // no launch before has waited
+    if (!capacity || TOKEN || OWN || MADE) wait_for_launch_before();  // no launch before has waited
     const int here = pages_at(folded, lane, rows);  // it is on its way
     const Costs costs{costs_, (u32)costs_[HEADS], (u32)start_cost};
     for (int i = lane; i < 2 * HEADS; i += 32) bring_near(heads + i * 8);
@@ -729,7 +734,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     if (makes) {
         if (MANY) asm volatile("setmaxnreg.inc.sync.aligned.u32 248;");
         if (any) {
-            const Maker maker{heads, folded, block, first_position, made_operands, centers, about, rope, raw_q,
+            const Maker maker{heads, folded, block, first_position, operands, centers, about, rope, raw_q,
                               capacity, sinks, tiles, query_heads, queries, group, warp_bytes, costs, scale,
                               (float)unscale, shared + WARPS_AT, shared + OWN_END};
             make_pages(walk, maker, warp - WARPS, lane);
@@ -748,7 +753,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
     const ExactTokens exact_of{raw_q, keys, values, tokens, query_tokens, exact, exact_state, exact_tokens,
                                exact_splits, tiles, query_heads, queries, group, scale, cap};
     Exact asked;
-    if (!MADE) asked.begin(exact_of, mine_from, exact_to, lane);
+    asked.begin(exact_of, mine_from, exact_to, lane);
     if (TOKEN) {
         if (mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
         attend_exact(asked, exact_of, mine_from, exact_to, BY, sums_in, lane);
@@ -832,10 +837,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
 #if OWN
     make_queries();
 #endif
-    if (MADE) {
-        wait_for_launch_before();
-        asked.begin(exact_of, mine_from, exact_to, lane);
-    }
     if (!TOKEN && mine_from < exact_to) asked.ask(exact_of, mine_from, mine_from + BY, exact_to, lane);
 #if OWN
     together();
@@ -866,7 +867,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(
         const u8* values_in = mine + c.values_at;
         float first_terms[SEGMENTS] = {}, q_unit = 1.0f;
         auto find_terms = [&](const u8* queries) {
-#if MADE && PAGED
+#if MADE
             const int4 sums = ((const int4*)queries)[query];
             const float* terms = (const float*)(queries + 64);
             q_unit = terms[4 + query];

@@ -1,5 +1,5 @@
-// Queries of columns, as pages' digits are multiplied with them: `prepare.cu` makes those of each page,
-// `attend.cu`, `send.cu` or, where the mean has scores for each page, `prepare.cu` those that hold for all.
+// Queries of columns, as pages' digits are multiplied with them: `prepare.cu` or `makers.cuh` make those of each
+// page, `attend.cu`, `send.cu` or, where the mean has scores for each page, `prepare.cu` those that hold for all.
 //
 // WHOLE_KEYS: 16-bit fixed point; the unit follows from norms, which turning keeps. A tile of 16 columns is
 // [query][quarter of the columns][two bytes][4 columns]; before the tiles come what is added to each query's

@@ -107,11 +107,11 @@ def decode(
     places = rows * tiles * layer.heads
     key, value, none = layer.key, layer.value, layer.table
     scale = float(scaling) * LOG2E
+    turn = layer.rope if layer.rope is not None else none
     if capacity and cuda.prepares(layer):
         arguments = (
             q, layer.table, layer.native.tables, *tables(layer),
-            layer.rope if layer.rope is not None else none,
-            located.block, located.folded, located.first, work.query, work.means,
+            turn, located.block, located.folded, located.first, work.query, work.means,
             capacity, query_heads, queries, group, tiles, layer.sinks,
         )  # fmt: skip
         cuda.prepare(
@@ -122,12 +122,13 @@ def decode(
         arguments = q, layer.table, *tables(layer), work.query, query_heads, queries, group, tiles
         factors = scale, 2.0**-key.exponent
         cuda.send(layer, places, arguments, factors, m=m, dtype=q.dtype)
+    turns = (turn,) if cuda.made(layer) else ()
     arguments = (
         layer.table, work.costs, located.folded, located.table, layer.pool.addresses, capacity,
         layer.pool.slab_pages, layer.page_bytes, work.query, work.means,
         q, exact_keys, exact_values, tokens, query_tokens, exact, rows, query_heads, queries, group,
         tiles, scale, (softcap or 0.0) * LOG2E, work.sums, work.state, work.exact,
-        work.exact_state, work.exact_splits, *tables(layer), *made_tables(layer), located.block,
+        work.exact_state, work.exact_splits, *tables(layer), *turns, located.block,
         located.first, layer.sinks, 2.0 ** -(layer.decoder or key).exponent,
         work.start_cost, work.exact_cost,
     )  # fmt: skip
@@ -159,10 +160,3 @@ def tables(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         return by.heads, by.turns, by.channels
     own = layer.table if native.own is None else native.own  # any, where it is not read
     return own, native.centers, native.about
-
-
-def made_tables(layer: Any) -> tuple[Tensor, ...]:
-    """Those that programs of `attend.cu` make with what pages have of their own."""
-    if layer.native.made is None:
-        return ()
-    return layer.native.made, layer.table if layer.rope is None else layer.rope

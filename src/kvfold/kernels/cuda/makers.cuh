@@ -2,7 +2,7 @@
 //
 // Four warps make those of the next page of each, and are a page ahead. Queries turned back to the pages' first
 // positions are the columns of products whose rows, 16 a tile, are the mean turned by the places of a page
-// (MEAN), the key matrix by columns and the gain term (PAGED). A maker keeps every fourth tile of the head in
+// (MEAN), the key matrix by columns and the gain term. A maker keeps every fourth tile of the head in
 // registers. What is made goes to one of two places in the part of the warp that walks the page, where
 // barriers say that it has come, from each of the makers, and that it has been used: all warps go through as
 // many, also those that have no page at the end.
@@ -87,7 +87,6 @@ __device__ __forceinline__ void make_pages(Walk* walk, const Maker& b, int maker
         const int head = walk->head;
         const int* block = b.block + (u64)walk->row * b.capacity;
         auto block_at = [&](int page) { return TURN && low < high ? block[min(page, high - 1)] : 0; };
-        wait_for_launch_before();
         // what the first pages need is asked for before the operands
         const int first_position = b.first_position[walk->row], first_block = block_at(low + thread);
         const int query = min(maker, M - 1);
@@ -99,9 +98,9 @@ __device__ __forceinline__ void make_pages(Walk* walk, const Maker& b, int maker
             const int d = min(lane + 32 * i, D_K - 1);
             own[i] = from[d], partner[i] = TURN ? from[(int)b.rope[2 * ROPE_D + d]] : own[i];
         }
-        const int columns = PAGED ? tiles_of(b.heads, head) : 0, all = MEANS + (PAGED ? columns + 1 : 0);
-        const float2 about = PAGED ? b.about[head] : float2{};
-        const u32 center = PAGED ? b.centers[head * KC * 4 + min(thread, KC * 4 - 1)] : 0;
+        const int columns = tiles_of(b.heads, head), all = MEANS + columns + 1;  // tiles
+        const float2 about = b.about[head];
+        const u32 center = b.centers[head * KC * 4 + min(thread, KC * 4 - 1)];
         uint4 a[MAKER_TILES][KS];
 #pragma unroll
         for (int i = 0; i < MAKER_TILES; ++i) {
@@ -128,8 +127,8 @@ __device__ __forceinline__ void make_pages(Walk* walk, const Maker& b, int maker
         together();
         float inverse[2];
 #pragma unroll
-        for (int i = 0; PAGED && i < 2; ++i) inverse[i] = b.unscale / units[min(n0 + i, M - 1)];
-        const int middles = PAGED && maker == 0 ? (int)about.y * SHIFT : 0;
+        for (int i = 0; i < 2; ++i) inverse[i] = b.unscale / units[min(n0 + i, M - 1)];
+        const int middles = maker == 0 ? (int)about.y * SHIFT : 0;
         for (int base = low; base < high; base += WARPS, ++round) {
             const int count = min(high - base, WARPS);
             const int next_block = block_at(base + WARPS + thread);
@@ -169,7 +168,7 @@ __device__ __forceinline__ void make_pages(Walk* walk, const Maker& b, int maker
 #pragma unroll
             for (int i = 0; i < MAKER_TILES; ++i) {
                 const int u = i * MAKERS + maker;
-                const u32 middle = PAGED && i * MAKERS >= MEANS ? centers[min(u - MEANS, KC - 1) * 4 + c] : 0;
+                const u32 middle = i * MAKERS >= MEANS ? centers[min(u - MEANS, KC - 1) * 4 + c] : 0;
                 if (i * MAKERS >= all) break;
                 float d[2 * WARPS];
                 multiply(d, a[i], shared_address(turned));
@@ -193,7 +192,7 @@ __device__ __forceinline__ void make_pages(Walk* walk, const Maker& b, int maker
                 }
             }
 #pragma unroll
-            for (int h = 0; PAGED && h < WARPS / 2; ++h) {
+            for (int h = 0; h < WARPS / 2; ++h) {
                 const int sum = sum_of_columns(z[h]) - middles;
                 if (c == 0 && (g & 3) < M) ((int*)(of_query + h * TWO))[(g & 3) * MAKERS + maker] = sum;
             }
@@ -201,7 +200,9 @@ __device__ __forceinline__ void make_pages(Walk* walk, const Maker& b, int maker
             if (lane < WARPS) arrive(barrier + MADE_AT);
             if (thread < WARPS) blocks[(round & 1 ^ 1) * WARPS + thread] = next_block;
         }
-        if (is_last(walk, b.costs)) return;
+        const bool last = is_last(walk, b.costs);
+        __syncwarp();  // all have read where it was
+        if (last) return;
         go_on(walk, b.folded, b.tiles, b.costs, lane);
     }
 }
