@@ -490,12 +490,12 @@ def shared(layer: Any, m: int, mean_n: int) -> Shared:
         of_all = up(before_rope.nbytes(layer.decoder.blocks, layer.key_dim, m), 128)
     if made(layer):
         of_all = up(maker_bytes(layer, m), 128)
-    served = layer.decoder is not None or made(layer)
-    if served:  # one program, as all of its warps share others
-        of_program, of_device = SERVED_WARPS, 1
+    alone = layer.decoder is not None or made(layer)  # all warps share others
+    if alone:
+        of_program = SERVED_WARPS
     best = Shared(0, 0, 0, 0, 0, 0, 0.0)
     for warps in of_program:
-        for programs in range(1, max(of_device // warps, 1) + 1):
+        for programs in range(1, 2 if alone else of_device // warps + 1):
             fixed = RESERVED + (up(q + 16 * (warps + 1), 128) if own else 0) + of_all
             warp = (SHARED // programs - fixed) // warps // 128 * 128
             room = min(warp - up(rest, 128), max(apart))

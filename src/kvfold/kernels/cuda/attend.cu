@@ -8,9 +8,9 @@
 // of a page into its part of shared memory: keys, and values behind them; the next page's take the places
 // of what has been used, so that half a page's work lies between a copy and its use. The loop over pages
 // reads addresses of 32 pages at once and nothing else from global memory, which would wait behind the
-// copies, and so must not spill, or next to nothing where registers go to makers. Registers of packed words are the operands of products after one `and` a
-// field: field f of a 16-bit lane is the subnormal float16 number digit * 2^(position - 24). Products are
-// float16 x float16 with float32 sums.
+// copies, and so must not spill, or next to nothing where registers go to makers. Registers of packed words
+// are the operands of products after one `and` a field: field f of a 16-bit lane is the subnormal float16
+// number digit * 2^(position - 24). Products are float16 x float16 with float32 sums.
 //
 //   scores   A = keys   [16 tokens x 32 columns],  B = queries [32 columns x 8]
 //   values   A = values [16 columns x 32 tokens],  B = weights [32 tokens x 8]
