@@ -89,19 +89,20 @@ def test_each_code(name, dtype):
     check(*case(name, 2, 4, 128, dtype, (900, 1)))
 
 
-@pytest.mark.parametrize(
-    ("heads", "group", "dim", "chunks"),
-    [
-        (3, 3, 64, (700, 1)),
-        (2, 2, 128, (700, 1)),
-        (40, 1, 64, (460, 1)),
-        (1, 1, 80, (330, 1)),
-        (2, 8, 96, (460, 5)),
-        (1, 16, 256, (460, 2)),
-        (2, 4, 128, (63, 1)),
-        (2, 4, 128, (4000, 8)),
-    ],
+#: heads, group, dim, chunks
+SHAPES = (
+    (3, 3, 64, (700, 1)),
+    (2, 2, 128, (700, 1)),
+    (40, 1, 64, (460, 1)),
+    (1, 1, 80, (330, 1)),
+    (2, 8, 96, (460, 5)),
+    (2, 4, 128, (4000, 8)),
+    (2, 4, 128, (63, 1)),
+    (1, 16, 256, (460, 2)),
 )
+
+
+@pytest.mark.parametrize(("heads", "group", "dim", "chunks"), SHAPES)
 @pytest.mark.parametrize("name", ["fisher2", "fisher2-pre"])
 def test_shapes(name, heads, group, dim, chunks):
     check(*case(name, heads, group, dim, torch.bfloat16, chunks, padded=chunks[0] > 300))
@@ -151,17 +152,7 @@ def check_made(q, view, **more):
 
 @pytest.mark.usefixtures("makers")
 @pytest.mark.parametrize("name", ["fisher1", "fisher2", "fisher4"])
-@pytest.mark.parametrize(
-    ("heads", "group", "dim", "chunks"),
-    [
-        (3, 3, 64, (700, 1)),
-        (2, 2, 128, (700, 1)),
-        (40, 1, 64, (460, 1)),
-        (1, 1, 80, (330, 1)),
-        (2, 8, 96, (460, 5)),
-        (2, 4, 128, (4000, 8)),
-    ],
-)
+@pytest.mark.parametrize(("heads", "group", "dim", "chunks"), SHAPES[:6])
 def test_programs_that_make_what_pages_have(name, heads, group, dim, chunks):
     check_made(*case(name, heads, group, dim, torch.bfloat16, chunks, padded=chunks[0] > 300))
 

@@ -28,7 +28,7 @@ WARPS_OF_PROGRAM, SERVED_WARPS = (4, 2, 1), (8, 4)
 MAKERS, MAKER_STEPS = 4, 48
 #: warps that walk pages beside makers, by those without, from which on makers are faster than
 #: another launch; and pages that each walks at least
-MADE_WORTH, MADE_PAGES = 0.7, 6
+MADE_WORTH, MADE_PAGES = 0.8, 6
 BLOCK = 128
 #: what a warp does whose values come where its keys have been, of one that has room for both
 OVER = 0.78
