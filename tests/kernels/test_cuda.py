@@ -14,7 +14,7 @@ import torch
 import kvfold
 from kvfold.cache.store import LayerStore
 from kvfold.cache.timeline import Timeline
-from kvfold.codec import Site
+from kvfold.codec import ExampleTables, Site
 from kvfold.kernels import cuda
 from kvfold.kernels.cuda import before_rope, build
 from kvfold.kernels.cuda import decode as cuda_decode
@@ -69,31 +69,33 @@ def kernels_are_there(monkeypatch):
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
 
 
-def layer(name, dim=128, block=128, heads=8):
+def example(codec, site):
+    return codec.example(site)
+
+
+def layer(name, dim=128, block=128, heads=8, tables=example):
     preset, made = kvfold.get(name), []
     rope = Rope(tuple(5e5 ** (-2 * i / dim) for i in range(dim // 2)))
     for side, codec in (("key", preset.keys), ("value", preset.values)):
         site = Site(side, heads, dim, block, dtype=torch.bfloat16, rope=rope)
-        made.append(codec.bind(site, codec.example(site)))
+        made.append(codec.bind(site, tables(codec, site)))
     return decode.lowered(LayerStore(*made, Timeline(4, 64, block)))
 
 
-def with_mean(name, dim=128, heads=8):
-    """A layer of mixed widths, whose keys have a mean."""
-    preset, made = kvfold.get(name), []
-    rope = Rope(tuple(5e5 ** (-2 * i / dim) for i in range(dim // 2)))
-    for side, codec in (("key", preset.keys), ("value", preset.values)):
-        site = Site(side, heads, dim, dtype=torch.bfloat16, rope=rope)
-        tables = codec.example(site)
-        tables.tables["mean"] = torch.randn(heads, dim) * (side == "key")
-        group = dim // 8
-        widths = torch.full((heads, dim), int(codec.bits))
-        widths[:, : 2 * group] += 2
-        widths[:, -2 * group :] -= 1 + (codec.bits > 2)
-        codes = torch.stack((widths, *gaussian_affine(widths)))
-        tables.tables[codec.table("codes")] = codes
-        made.append(codec.bind(site, tables))
-    return decode.lowered(LayerStore(*made, Timeline(4, 64, 128)))
+def varied(codec, site):
+    """Mixed widths, and a mean of keys."""
+    shape = site.num_kv_heads, site.head_dim
+    group = site.head_dim // 8
+    widths = torch.full(shape, int(codec.bits))
+    widths[:, : 2 * group] += 2
+    widths[:, -2 * group :] -= 1 + (codec.bits > 2)
+    codes = torch.stack((widths, *gaussian_affine(widths)))
+    mean = torch.randn(shape) * (site.side == "key")
+    return ExampleTables({**codec.example(site).tables, "mean": mean, codec.table("codes"): codes})
+
+
+def with_mean(name, dim=128):
+    return layer(name, dim, tables=varied)
 
 
 MEASURED = [

@@ -102,16 +102,12 @@ def native(layer: Any) -> "Native | None":
 
 def prepares(layer: Any) -> bool:
     """Whether a launch of its own, `prepare.cu`, makes queries and the mean's scores of pages."""
-    return has_own(layer) and not made(layer)
-
-
-def has_own(layer: Any) -> bool:
-    """Whether pages have queries, or scores of the mean, of their own."""
-    return layer.decoder is None and bool(layer.constants["PAGED"] or layer.constants["MEAN"])
+    c = layer.constants
+    return layer.decoder is None and bool(c["PAGED"] or c["MEAN"]) and not made(layer)
 
 
 def made(layer: Any) -> bool:
-    """Whether programs of `attend.cu` make those; see `served`."""
+    """Whether programs of `attend.cu` make what pages have of their own; see `served`."""
     return bool(layer.constants.get("MADE"))
 
 
@@ -150,8 +146,8 @@ def costs(layer: Any) -> tuple[int, ...]:
 
 def made_tiles(layer: Any) -> int:
     """Tiles of 16 rows that makers multiply queries with, of the head that has most."""
-    columns = max(map(len, slots_of(layer))) // CHUNK + 1 if layer.constants["PAGED"] else 0
-    return (0 if layer.mean is None else BLOCK // 16) + columns
+    columns = max(map(len, slots_of(layer))) // CHUNK
+    return (0 if layer.mean is None else BLOCK // 16) + columns + 1
 
 
 def slots_of(layer: Any) -> list[list[int]]:
@@ -205,7 +201,7 @@ def own_operands(layer: Any) -> Tensor:
 
 
 def made_operands(layer: Any) -> Tensor:
-    """The same of `made_tiles`: `page_rows`."""
+    """`page_rows` as `own_operands` lie, `made_tiles` of them."""
     return fragments(layer, page_rows(layer), made_tiles(layer))
 
 
@@ -540,10 +536,11 @@ def columns(layer: Any) -> list[float]:
 def query_bytes(layer: Any, m: int) -> int:
     """Bytes of the columns' queries of a page and program, and of what belongs to them.
 
-    Whole lines of the L2 cache, which are forgotten when they have been read.
+    Whole lines of the L2 cache, which are forgotten when they have been read, where they come from
+    another launch.
     """
     columns = layer.key.columns
-    if layer.constants["PAGED"] and made(layer):
+    if made(layer):
         return 2 * TILE * max(map(len, slots_of(layer))) + 4 * (MAKERS + 2) * TILE
     return up(2 * TILE * columns + 8 * TILE if whole_keys(layer) else 2 * m * columns, 128)
 

@@ -4,12 +4,14 @@
 // WHOLE_KEYS: 16-bit fixed point; the unit follows from norms, which turning keeps. A tile of 16 columns is
 // [query][quarter of the columns][two bytes][4 columns]; before the tiles come what is added to each query's
 // sums, and its unit, [4][2]. Else a tile is float16 [query][16 columns]. Tiles are the chunks that the head
-// has, of each section the first ones. Q_BYTES are whole lines of the L2 cache.
+// has, of each section the first ones. Q_BYTES are whole lines of the L2 cache where another launch makes them.
 //
 // A tile of operands has its columns 4 (g / 2) + g % 2 and that + 2 as rows g and g + 8, so that a thread's
 // two are neighbours after a transposition.
 
 #define KC (K4 + K2 + K1)  // slots of 16 columns
+#define MEANS (MEAN ? BLOCK / 16 : 0)  // tiles of products with the mean
+#define PAD (D_K + 8)  // of a query in float32: rows lie in different banks
 #define TERMS_BYTES (WHOLE_KEYS ? 32 : 0)
 #define Q_CHUNK (WHOLE_KEYS ? 128 : M * 32)
 // 2^23 + SHIFT: the low 16 bits of a sum with it are the rounded number and SHIFT, 2^15 + 2^7, which leaves its

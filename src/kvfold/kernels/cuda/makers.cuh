@@ -9,12 +9,10 @@
 //
 // MADE_TILES are those of the head that has most; the operands are those of __init__.py, `made_operands`.
 
-#define MEANS (MEAN ? BLOCK / 16 : 0)                    // tiles
 #define MAKER_TILES ((MADE_TILES + MAKERS - 1) / MAKERS)  // of a warp
 #define ANGLES (HALVES ? D_K / 4 : D_K / 2)               // pairs of neighbouring channels with their own angles
 #define SIDES (32 * MAKERS / ANGLES)                      // pages that threads turn queries for at once
 #define OF_LANE ((D_K + 31) / 32)                         // channels of a query
-#define PAD (D_K + 8)                                     // rows of queries lie in different banks
 #define TURNED_BYTES (WARPS / 2 * KS * 256)               // [two pages][D_K / 8][page][4 queries][8 channels]
 #define MAKER_BYTES (MAKERS * 128 + TURNED_BYTES + (2 * M * PAD + 4 + 2 * WARPS + KC * 4) * 4)
 #define MANY (MAKER_TILES * KS > 28 && WARPS > 4)  // tiles for the registers that all warps have

@@ -20,13 +20,11 @@
 // section), GROUPS (of four tiles, of all heads' most), PASS, MEAN_N, DTYPE, WHOLE_KEYS, PAGED, MEAN, TURN,
 // ROPE_D (row length of `rope`), HALVES (channels that are D_K / 2 apart turn by the same angle).
 
-#define MEANS (MEAN ? BLOCK / 16 : 0)  // tiles
 #define GROUP_BYTES (KS * 2048)
 #define STEP_BYTES (PASS * 128)  // of the turned queries
 #define PAIRS 16       // of pages, that four warps take at once
 #define SHARERS (PASS > 32 ? 2 : 4)  // fours of warps that share 32 pages
 #define SUMS (SHARERS * 4 * PASS * 4)
-#define PAD (D_K + 8)    // rows of queries lie in different banks
 
 // four blocks of 8 x 8 numbers, whose rows lanes point at
 __device__ __forceinline__ void load_blocks(u32* x, u32 at) {
